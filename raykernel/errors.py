@@ -1,0 +1,71 @@
+"""States of the world that a user has to know about.
+
+Every message has three parts: what was found, what was expected, what to do. `InputError` and
+its subclasses end a command with exit code 2 and no traceback; `RunError` and its subclasses
+with exit code 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RaykernelError(Exception):
+    """Any failure that raykernel explains itself."""
+
+    exit_code = 1
+
+
+class InputError(RaykernelError, ValueError):
+    """The user's input is wrong: configuration, data, template, model or store."""
+
+    exit_code = 2
+
+
+class StoreMismatchError(InputError):
+    """A stored kernel was computed for another problem than the one asked for."""
+
+
+class BlockCorruptError(InputError):
+    """A file of the store is damaged or foreign."""
+
+
+class NonFiniteError(InputError):
+    """The model's outputs or gradients are NaN or infinite."""
+
+
+class RunError(RaykernelError, RuntimeError):
+    """The run failed although its input was right."""
+
+
+class KernelIncompleteError(RunError):
+    """Blocks of a kernel are missing."""
+
+
+class StorageFullError(RunError):
+    """The store's device has no space left; nothing half-written remains."""
+
+    exit_code = 2
+
+
+class WorkerLostError(RunError):
+    """A block failed on every attempt allowed."""
+
+
+def nearest(name: str, choices: Iterable[str], *, count: int = 3) -> str:
+    """A clause that names the likeliest spellings, for the end of an error message.
+
+    Args:
+        name: what the user wrote.
+        choices: what would have been accepted.
+        count: how many near names at the most.
+
+    Returns:
+        `did you mean 'a' or 'b'?`, or the whole list where nothing is near.
+    """
+    known = sorted(set(choices))
+    near = get_close_matches(name, known, n=count, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(choice) for choice in near) + "?"
+    return "choose one of " + ", ".join(known) if known else "there is nothing to choose from"

@@ -1,0 +1,99 @@
+"""The closed choices of the configuration, in the field's words.
+
+Members are lower case because configuration files and command lines spell them so.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Kind(Enum):
+    """Kernel of the update rule (Malladi et al. 2023, Definitions 3.2 to 3.4)."""
+
+    sgd = "sgd"
+    """K[i, a, j, b] = <∇f_a(x_i), ∇f_b(x_j)>, the empirical NTK."""
+
+
+class Metric(Enum):
+    """What a task is judged by."""
+
+    accuracy = "accuracy"
+    f1 = "f1"
+    """F1 of the second label (MRPC, QQP: the paraphrases)."""
+    matthews = "matthews"
+    """Matthews correlation (CoLA)."""
+
+
+class Source(Enum):
+    """Where examples come from."""
+
+    hub = "hub"
+    lmbff = "lmbff"
+    file = "file"
+    packaged = "packaged"
+
+
+class PromptStyle(Enum):
+    """How a task becomes a cloze question (Malladi et al. 2023, Table 9)."""
+
+    manual = "manual"
+    searched = "searched"
+    null = "null"
+    none = "none"
+    """No prompt: a linear head on the encoder, standard fine-tuning."""
+
+
+class ModelSource(Enum):
+    """Where weights come from."""
+
+    hub = "hub"
+    """A Hugging Face name, or a local folder."""
+    gguf = "gguf"
+    packaged = "packaged"
+
+
+class Architecture(Enum):
+    """Which head the checkpoint has."""
+
+    masked_lm = "masked_lm"
+    causal_lm = "causal_lm"
+    encoder = "encoder"
+
+
+class Pooling(Enum):
+    """Which hidden state the linear head of standard fine-tuning reads."""
+
+    cls = "cls"
+    mean = "mean"
+
+
+class Method(Enum):
+    """Which parameters vary."""
+
+    full = "full"
+    lora = "lora"
+
+
+class Precision(Enum):
+    """Arithmetic of the forward pass, the backward passes and the products."""
+
+    float32 = "float32"
+    float64 = "float64"
+    tf32 = "tf32"
+    bfloat16 = "bfloat16"
+
+
+class ExecutorName(Enum):
+    """Where blocks are computed."""
+
+    inline = "inline"
+    ray = "ray"
+
+
+class Split(Enum):
+    """Role of an example."""
+
+    train = "train"
+    dev = "dev"
+    test = "test"
