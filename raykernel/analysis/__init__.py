@@ -1,0 +1,1 @@
+"""What follows from a kernel: arrays in, numbers out."""

@@ -1,0 +1,1 @@
+"""The function f: task, prompt, model and readout at theta_0."""

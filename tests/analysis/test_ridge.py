@@ -1,0 +1,94 @@
+"""Kernel ridge regression against its definition, point by point."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.errors import InputError, NotPositiveSemidefiniteError
+
+RIDGE = [0.0, 1e-3, 1e-2, 0.1, 1.0]
+SCALING = [10.0, 100.0, math.inf]
+
+
+def problem(n: int, m: int, c: int, p: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    j_train, j_eval = rng.normal(size=(n, c, p)), rng.normal(size=(m, c, p))
+    k_tt = np.einsum("iap,jbp->iajb", j_train, j_train)
+    k_et = np.einsum("iap,jbp->iajb", j_eval, j_train)
+    labels = rng.integers(0, c, n)
+    return k_tt, k_et, labels, rng.normal(size=(n, c)), rng.normal(size=(m, c))
+
+
+def dense_prediction(k_tt, k_et, y, f0, f0_eval, ridge, scaling):
+    """α = lstsq(K + σI, y - f0/s), h = K_eval α + f0_eval/s, as a matrix program."""
+    nc = y.size
+    matrix = k_tt.reshape(nc, nc)
+    sigma = ridge * np.linalg.norm(matrix, 2)
+    offset, offset_eval = (0.0, 0.0) if math.isinf(scaling) else (f0 / scaling, f0_eval / scaling)
+    alpha = np.linalg.lstsq(matrix + sigma * np.eye(nc), (y - offset).ravel(), rcond=1e-12)[0]
+    return (k_et.reshape(-1, nc) @ alpha).reshape(f0_eval.shape) + offset_eval
+
+
+@pytest.mark.parametrize(("n", "c", "p"), [(8, 2, 40), (6, 3, 10), (5, 1, 30)])
+def test_every_grid_point_is_the_dense_solution(n, c, p):
+    k_tt, k_et, labels, f0, f0_eval = problem(n, 7, c, p)
+    y = one_hot(labels, c)
+    solution = solve_ridge(k_tt, y, ridge=RIDGE, f0=f0, f0_scaling=SCALING)
+    got = solution.predict(k_et, f0_eval)
+    for s, scaling in enumerate(SCALING):
+        for r, ridge in enumerate(RIDGE):
+            want = dense_prediction(k_tt, k_et, y, f0, f0_eval, ridge, scaling)
+            np.testing.assert_allclose(got[s, r], want, rtol=1e-8, atol=1e-10)
+
+
+def test_ridge_is_relative_so_scaling_the_kernel_changes_no_prediction():
+    k_tt, k_et, labels, f0, f0_eval = problem(6, 5, 2, 20)
+    y = one_hot(labels, 2)
+    one = solve_ridge(k_tt, y, ridge=RIDGE, f0=f0, f0_scaling=SCALING).predict(k_et, f0_eval)
+    big = solve_ridge(9 * k_tt, y, ridge=RIDGE, f0=f0, f0_scaling=SCALING)
+    np.testing.assert_allclose(big.predict(9 * k_et, f0_eval), one, rtol=1e-8)
+
+
+def test_rank_deficient_kernel_takes_the_minimum_norm_solution_and_says_so():
+    k_tt, _, labels, _, _ = problem(6, 5, 2, 4)
+    y = one_hot(labels, 2)
+    solution = solve_ridge(k_tt, y, ridge=[0.0, 0.1])
+    assert solution.num_dropped == 12 - 4
+    want = np.linalg.pinv(k_tt.reshape(12, 12), rcond=1e-10) @ y.ravel()
+    np.testing.assert_allclose(solution.alpha[0, 0].ravel(), want, rtol=1e-6, atol=1e-9)
+    left = k_tt.reshape(12, 12) @ solution.alpha[0, 0].ravel() - y.ravel()
+    assert solution.residual[0, 0] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(y))
+    assert solution.residual[0, 1] == 0
+
+
+def test_condition_number_is_that_of_the_regularised_matrix():
+    k_tt, _, labels, _, _ = problem(6, 5, 2, 40)
+    solution = solve_ridge(k_tt, one_hot(labels, 2), ridge=[0.0, 0.5])
+    matrix = k_tt.reshape(12, 12)
+    top = np.linalg.norm(matrix, 2)
+    want = [np.linalg.cond(matrix), np.linalg.cond(matrix + 0.5 * top * np.eye(12))]
+    np.testing.assert_allclose(solution.condition_number, want, rtol=1e-8)
+
+
+def test_float32_noise_is_not_solved_for():
+    """A float32 kernel resolves no eigenvalue below nc · 1.2e-7 · λ_max."""
+    k_tt, _, labels, _, _ = problem(10, 5, 2, 6)
+    solution = solve_ridge(k_tt.astype(np.float32), one_hot(labels, 2))
+    assert solution.num_dropped == 14
+
+
+def test_wrong_shapes_and_values_are_refused():
+    k_tt, _, labels, _, _ = problem(4, 3, 2, 9)
+    y = one_hot(labels, 2)
+    with pytest.raises(InputError, match="expected"):
+        solve_ridge(k_tt[:3], y)
+    with pytest.raises(InputError, match="NaN"):
+        solve_ridge(k_tt * np.nan, y)
+    with pytest.raises(InputError, match="f0"):
+        solve_ridge(k_tt, y, f0_scaling=[10.0])
+    with pytest.raises(NotPositiveSemidefiniteError, match="same order"):
+        solve_ridge(k_tt - 5 * np.eye(8).reshape(4, 2, 4, 2) * np.abs(k_tt).max(), y)
