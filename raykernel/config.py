@@ -35,18 +35,21 @@ from raykernel.terms import (
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptText:
-    """A template and the word that stands for each label."""
+    """A template and the word that stands for each label.
+
+    Not frozen: OmegaConf cannot merge YAML into the entries of a dict of frozen dataclasses.
+    """
 
     template: str = ""
-    """`{column}` / `{label}` text, or LM-BFF's mini-language (`*cls**sent_0*_It_was*mask*.*sep+*`)."""
+    """`{column}` / `{label}` text, or LM-BFF's `*cls**sent_0*_It_was*mask*.*sep+*`."""
     words: dict[Any, str] = field(default_factory=dict)
     """Label value → label word. Keys are read as text."""
 
     def __post_init__(self) -> None:
         words = {label_text(key): word for key, word in self.words.items()}
-        object.__setattr__(self, "words", words)
+        self.words = words
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,12 @@ class PromptConfig:
     """manual, searched or null: the task's own; none: standard fine-tuning with a linear head."""
     template: str | None = None
     """Instead of the task's; `{column}` inserts a text, `{label}` is the label word's place."""
-    words: dict[Any, str] | None = None
-    """Label words instead of the task's, by label value."""
+    words: dict[Any, str] = field(default_factory=dict)
+    """Label words instead of the task's, by label value; empty: the task's."""
 
     def __post_init__(self) -> None:
-        if self.words is not None:
-            words = {label_text(key): word for key, word in self.words.items()}
-            object.__setattr__(self, "words", words)
+        words = {label_text(key): word for key, word in self.words.items()}
+        object.__setattr__(self, "words", words)
 
 
 @dataclass(frozen=True)

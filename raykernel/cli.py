@@ -1,0 +1,228 @@
+"""The commands. Exit code 0: done, 1: something failed while running, 2: the input is wrong.
+
+Commands that run something take Hydra overrides (compose.py); the others take options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from raykernel.errors import InputError, RaykernelError, nearest
+
+if TYPE_CHECKING:
+    from raykernel.compose import ComposedRun
+    from raykernel.console import Screen
+
+USAGE = """\
+usage: raykernel COMMAND [arguments]
+
+Neural tangent kernels of language models, per layer.
+
+commands that run a configuration (arguments are Hydra overrides; try --help, --cfg job, -m):
+  plan      what a run would do: examples, blocks, FLOPs, memory; computes nothing
+  doctor    checks environment and problem before a run
+  kernel    completes the kernel blocks, solves kernel regression, prints and stores the results
+
+commands over a store (try --help):
+  query     SQL over the result store
+  verify    checks every checksum and manifest of a store
+
+start here:
+  raykernel kernel experiment=quickstart
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; default those of the process.
+
+    Returns:
+        The exit code; an InputError or RunError is printed, not raised.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] in {"-V", "--version"}:
+        print(f"raykernel {version()}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    # A job that a scheduler ends with SIGTERM unwinds like one that a person interrupts.
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return dispatch(command, rest)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("Interrupted. Finished blocks are kept: the same command goes on.", file=sys.stderr)
+        return 130
+    except RaykernelError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def dispatch(command: str, arguments: list[str]) -> int:
+    """Call a command by name.
+
+    Args:
+        command: its name.
+        arguments: what follows it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: if there is no such command.
+    """
+    if command in RUNS:
+        return run_all(command, arguments)
+    if command in TOOLS:
+        return TOOLS[command](arguments)
+    raise InputError(f"Unknown command {command!r}: {nearest(command, [*RUNS, *TOOLS])}")
+
+
+def interrupt(signum: int, _frame: object) -> None:
+    """Turn a signal into KeyboardInterrupt."""
+    del signum
+    raise KeyboardInterrupt
+
+
+def version() -> str:
+    """Installed version of raykernel."""
+    from importlib.metadata import version as installed
+
+    return installed("raykernel")
+
+
+def run_all(command: str, arguments: list[str]) -> int:
+    """Compose the configurations of a command line and run each; one failure stops no other.
+
+    Args:
+        command: plan, doctor or kernel.
+        arguments: Hydra overrides and flags.
+
+    Returns:
+        0 if all went well, 1 if some of several failed.
+
+    Raises:
+        RaykernelError: from the only run.
+    """
+    from raykernel.compose import compose_runs
+    from raykernel.console import Screen
+
+    runs = compose_runs(command, arguments)
+    screen = Screen()
+    failures: list[tuple[str, RaykernelError]] = []
+    for number, run in enumerate(runs, start=1):
+        if len(runs) > 1:
+            screen.say(f"\n[{number}/{len(runs)}] {' '.join(run.overrides)}")
+        try:
+            RUNS[command](run, screen)
+        except RaykernelError as error:
+            if len(runs) == 1:
+                raise
+            screen.say(f"Error: {error}")
+            failures.append((" ".join(run.overrides), error))
+        except Exception as error:
+            if len(runs) == 1:
+                raise
+            traceback.print_exception(error)
+            failures.append((" ".join(run.overrides), RaykernelError(str(error))))
+    if failures:
+        screen.say(f"\n{len(failures)} of {len(runs)} runs failed:")
+        for overrides, failure in failures:
+            screen.say(f"  {overrides}: {str(failure).splitlines()[0]}")
+    return 1 if failures else 0
+
+
+def run_plan(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel plan`."""
+    from raykernel.plan import make_plan, show_plan
+
+    show_plan(make_plan(run.config, screen), screen)
+
+
+def run_doctor(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel doctor`.
+
+    Raises:
+        InputError: if a check failed.
+    """
+    from raykernel.doctor import examine
+
+    examine(run.config, screen)
+
+
+def run_kernel(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel kernel`."""
+    from raykernel.pipeline import kernel, show_outcome
+
+    show_outcome(kernel(run.config, run.overrides, screen), screen)
+
+
+def store_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--store`, by default the configured path."""
+    parser.add_argument(
+        "--store",
+        metavar="PATH",
+        default=None,
+        help="folder of the store (default: the configured store.path)",
+    )
+
+
+def store_path(given: str | None) -> str:
+    """The store that an option names, or the configured one."""
+    if given is not None:
+        return given
+    from omegaconf import OmegaConf
+
+    from raykernel.compose import conf_dir
+
+    return str(OmegaConf.load(conf_dir() / "store" / "local.yaml").path)
+
+
+def tool_query(arguments: list[str]) -> int:
+    """`raykernel query`."""
+    parser = argparse.ArgumentParser(prog="raykernel query", description="SQL over the store.")
+    parser.add_argument("sql", help='for example "select * from kernels"')
+    parser.add_argument("--format", choices=["table", "csv", "json"], default="table")
+    store_option(parser)
+    options = parser.parse_args(arguments)
+    from raykernel.store.query import format_table, query
+
+    print(format_table(query(store_path(options.store), options.sql), options.format))
+    return 0
+
+
+def tool_verify(arguments: list[str]) -> int:
+    """`raykernel verify`."""
+    parser = argparse.ArgumentParser(
+        prog="raykernel verify", description="Checks every checksum and manifest of a store."
+    )
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove what is bad, so that the next run recomputes it",
+    )
+    store_option(parser)
+    options = parser.parse_args(arguments)
+    from raykernel.store.verify import show_report, verify
+
+    return show_report(verify(store_path(options.store), remove=options.remove))
+
+
+RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
+    "plan": run_plan,
+    "doctor": run_doctor,
+    "kernel": run_kernel,
+}
+TOOLS: dict[str, Callable[[list[str]], int]] = {"query": tool_query, "verify": tool_verify}

@@ -1,0 +1,247 @@
+"""From the command line to a RunConfig: the only place that knows Hydra, with cli.py.
+
+Hydra composes YAML and overrides; the result is checked against the dataclasses of config.py and
+handed on as a frozen RunConfig. Whatever is wrong with an override ends as an InputError with
+the nearest right names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import get_type_hints
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from raykernel.config import RunConfig
+from raykernel.errors import InputError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedRun:
+    """One resolved configuration and the overrides that made it."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+
+
+def conf_dir() -> Path:
+    """Folder of the shipped configuration: inside the wheel, or at the top of a checkout."""
+    packaged = Path(str(files("raykernel"))) / "conf"
+    inside = (packaged / "config.yaml").is_file()
+    return packaged if inside else Path(__file__).resolve().parent.parent / "conf"
+
+
+def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
+    """The runs that a command line asks for: one, or with `-m` every combination.
+
+    `--help`, `--cfg job` and the like print and end the program, as Hydra users expect.
+
+    Args:
+        command: name of the command, for messages.
+        arguments: what follows it on the command line.
+
+    Returns:
+        The resolved configurations in sweep order.
+
+    Raises:
+        InputError: if an override or a file is wrong.
+    """
+    check_spelling(arguments)
+    arguments = [quote_null_prompt(argument) for argument in arguments]
+    register_schema()
+    collected: list[tuple[DictConfig, tuple[str, ...]]] = []
+
+    def collect(config: DictConfig) -> None:
+        collected.append((config, tuple(HydraConfig.get().overrides.task)))
+
+    entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    with tempfile.TemporaryDirectory() as scratch, hydra_errors_propagate(command, arguments):
+        sys.argv += [
+            f"hydra.sweep.dir={scratch}",
+            "hydra/job_logging=none",
+            "hydra/hydra_logging=none",
+        ]
+        try:
+            entry(collect)()
+        except Exception as error:  # only Hydra runs here, and it raises many types
+            raise InputError(explain(error, arguments)) from error
+        finally:
+            GlobalHydra.instance().clear()
+    return [ComposedRun(typed(config), overrides) for config, overrides in collected]
+
+
+@contextlib.contextmanager
+def hydra_errors_propagate(command: str, arguments: list[str]) -> Iterator[None]:
+    """Give Hydra its arguments, and its exceptions to us instead of a printed traceback.
+
+    Hydra reads `sys.argv` and, without HYDRA_FULL_ERROR, prints an error and exits with 1; a
+    user's mistake must exit with 2.
+    """
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"raykernel {command}", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def register_schema() -> None:
+    """Make the typed tree of config.py the first entry of the defaults list."""
+    schema = OmegaConf.structured(RunConfig)
+    make_writable(schema)
+    ConfigStore.instance().store(name="schema", node=schema)
+
+
+def make_writable(node: DictConfig) -> None:
+    """Clear the read-only flags of frozen dataclasses, and let plain mappings take any key."""
+    OmegaConf.set_readonly(node, False)
+    if not is_dataclass(OmegaConf.get_type(node)):
+        OmegaConf.set_struct(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            make_writable(child)
+
+
+def typed(config: DictConfig) -> RunConfig:
+    """The frozen objects of a composed configuration, cross-field checks done.
+
+    Args:
+        config: what Hydra composed.
+
+    Returns:
+        The same content, typed.
+
+    Raises:
+        InputError: if a value has the wrong type, is missing, or contradicts another.
+    """
+    try:
+        run = OmegaConf.to_object(config)
+    except (OmegaConfBaseException, FrozenInstanceError) as error:
+        raise InputError(explain(error, [])) from error
+    assert isinstance(run, RunConfig), "the schema is the first default"
+    return run
+
+
+def check_spelling(arguments: list[str]) -> None:
+    """Catch what Hydra's own message would not explain.
+
+    Raises:
+        InputError: for `lambda=`.
+    """
+    for argument in arguments:
+        key = argument.split("=", 1)[0].lstrip("+~")
+        if key.split(".")[-1] == "lambda" and "=" in argument:
+            raise InputError(
+                f"{argument!r}: the papers' λ is spelt `lam` in every key, because `lambda` is a "
+                "Python keyword. The ridge of kernel regression is `solver.ridge`."
+            )
+
+
+def quote_null_prompt(argument: str) -> str:
+    """`prompt=null` names the null prompt, where Hydra would read YAML's nothing."""
+    if not argument.startswith("prompt="):
+        return argument
+    return re.sub(r"(?<=[=,(])null(?=[,)]|$)", "'null'", argument)
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """What was wrong with a command line, in our words.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        arguments: the command line.
+
+    Returns:
+        What was found, what was expected and what to do.
+    """
+    if isinstance(error, MissingConfigException):
+        return explain_missing(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read: {first_line(error)}. Values with spaces, braces "
+            "or commas need inner quotes, and the shell needs outer ones: "
+            "'prompt.template=\"{review} It was {label}.\"'"
+        )
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) else error
+    unknown = re.search(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        key = unknown.group(1).split("@")[0]
+        if key in schema_keys(RunConfig) and cause is not None:
+            return f"{key}: {first_line(cause)}."
+        return f"Unknown key {key!r}: {near_keys(key)}"
+    if isinstance(error, FrozenInstanceError):
+        key = re.sub(r".*'([^']+)'.*", r"\1", str(error))
+        return f"Unknown key {key!r} after '+': {near_keys(key)}"
+    key = getattr(cause, "full_key", None)
+    text = first_line(cause or error) if key else str(error).strip()
+    return f"{key}: {text}." if key else f"{text} (in: {' '.join(arguments)})"
+
+
+def near_keys(key: str) -> str:
+    """The likeliest keys for a wrong one: those with the same last word first."""
+    known = [*schema_keys(RunConfig), *groups()]
+    leaf = key.split(".")[-1]
+    same_leaf = [name for name in known if name.split(".")[-1] == leaf]
+    near = same_leaf or get_close_matches(key, known, n=3, cutoff=0.6)
+    if near:
+        return nearest(key, near) if not same_leaf else f"did you mean {' or '.join(same_leaf)}?"
+    return "`raykernel kernel --cfg job` prints every key there is."
+
+
+def explain_missing(error: MissingConfigException) -> str:
+    """An unknown choice of a group, with the choices."""
+    wanted = str(error.missing_cfg_file or "")
+    group, _, choice = wanted.rpartition("/")
+    options = list(error.options or [])
+    if not group:
+        return f"Unknown configuration {wanted!r}: {nearest(wanted, options)}"
+    listed = ", ".join(sorted(options))
+    near = nearest(choice, options) if options else ""
+    return f"Unknown {group} {choice!r}: {near} All of conf/{group}: {listed}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error message, without its full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def schema_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted paths of every key of the schema."""
+    hints = get_type_hints(schema)
+    keys = []
+    for item in fields(schema):
+        keys.append(prefix + item.name)
+        if is_dataclass(hints[item.name]):
+            keys += schema_keys(hints[item.name], f"{prefix}{item.name}.")
+    return keys
+
+
+def groups() -> list[str]:
+    """Configuration groups, that is, folders of conf/."""
+    return [path.name for path in conf_dir().iterdir() if path.is_dir()]

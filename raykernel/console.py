@@ -1,0 +1,138 @@
+"""What a person sees while raykernel works: progress, tables, errors.
+
+On a terminal a bar with rate and time left; piped, plain lines at growing intervals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+LINE_SECONDS = 10.0
+"""Piped output gets a progress line at most this often."""
+
+
+class Screen:
+    """Standard output for results, standard error for progress and messages."""
+
+    def __init__(self) -> None:
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print one message to standard error."""
+        self.err.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Show that something of unknown length is under way."""
+        if not self.err.is_terminal:
+            self.say(text + " ...")
+            yield
+            return
+        with self.err.status(text):
+            yield
+
+    @contextlib.contextmanager
+    def progress(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show counted work.
+
+        Args:
+            text: what is counted.
+            total: how many there are.
+
+        Yields:
+            A function that takes how many more are done.
+        """
+        if self.err.is_terminal:
+            with self.bar() as bar:
+                task = bar.add_task(text, total=total)
+                yield lambda count: bar.advance(task, count)
+        else:
+            yield PlainProgress(text, total, self.say).advance
+
+    def bar(self) -> Progress:
+        """A progress bar with count, rate and time left."""
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.err,
+        )
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """Print a table to standard output; plain where it is piped."""
+        table = Table(title=title or None, title_justify="left")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
+
+
+class RateColumn(ProgressColumn):
+    """Finished work per second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, once there is one."""
+        return Text(f"{task.speed:.2f}/s" if task.speed else "")
+
+
+class PlainProgress:
+    """Progress as lines: the first, the last, and one every few seconds between."""
+
+    def __init__(self, text: str, total: int, say: Callable[[str], None]) -> None:
+        self.text, self.total, self.say = text, total, say
+        self.done = 0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count finished work and print a line when one is due."""
+        self.done += count
+        now = time.monotonic()
+        if self.done < self.total and now - self.last < LINE_SECONDS:
+            return
+        self.last = now
+        rate = self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / rate
+        self.say(f"{self.text}: {self.done}/{self.total}, {rate:.2f}/s, {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
