@@ -77,13 +77,17 @@ class TaskConfig:
     lmbff_label: int = 0
     """Label column (0-based) of the LM-BFF files; negative counts from the end."""
     lmbff_header: bool = True
-    """The LM-BFF files are GLUE tsv files with a header line; false: csv files without one."""
+    """The LM-BFF files begin with a header line."""
     lmbff_labels: list[str] = field(default_factory=list)
     """Label values in the LM-BFF files, in the order of `labels`; empty: the same values."""
     lmbff_test: str = "dev.tsv"
-    """File that test examples are drawn from."""
+    """File that test examples are drawn from; a .csv one goes with train.csv, else train.tsv."""
     packaged: str | None = None
     """Name of a packaged data set."""
+    packaged_train: list[str] = field(default_factory=list)
+    """Files of the packaged data set, pooled, that k-shot examples are drawn from."""
+    packaged_test: str | None = None
+    """Its file that test examples are drawn from; null holds a part of `packaged_train` out."""
     train: str | None = None
     """File (CSV, TSV, JSONL, Parquet, Arrow) that k-shot examples are drawn from."""
     test: str | None = None
@@ -96,6 +100,8 @@ class TaskConfig:
     """Label values, in the order of the model's outputs; empty: all values found, sorted."""
     drop_labels: list[str] = field(default_factory=list)
     """Label values whose examples are left out."""
+    drop_other_labels: bool = False
+    """Leave out examples whose label is not in `labels`, too; otherwise such a label is an error."""
     metric: Metric = Metric.accuracy
     """What dev selection and test report use."""
     k: int = 16
