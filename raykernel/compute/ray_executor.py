@@ -1,0 +1,436 @@
+"""Workers as Ray actors: the only file that imports Ray.
+
+Ray places processes, carries integers and tells us when a process is gone. Everything else is
+ours, because Ray's own retries do not survive a lost node: every failed call eats one retry while
+an actor restarts, so that 2 or 5 retries are gone before the node is even noticed as dead (about
+15 s; ray #44719). So an actor never restarts: when it is lost it is written off, its jobs go back
+into the queue and a new actor takes its place. Jobs are idempotent: what was half done, or done
+and not reported, is simply done again.
+
+An actor does its jobs in the order of submission. So of the jobs lost with it, the first is
+charged with an attempt; the others were only waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import platform
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, cast
+
+# Ray reads these when it is imported or started; what the user has set stands.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # `uv run` would break every worker
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
+import ray
+from ray import exceptions as ray_errors
+
+from raykernel.compute.address import TOKEN_HINT, check_address
+from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, attempt, versions
+from raykernel.compute.losses import advice, cause_of, missing_module, transport_error
+from raykernel.config import ComputeConfig
+from raykernel.errors import InputError, RunError, WorkerLostError
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Shared memory of a local cluster: only tokens of the examples pass through it."""
+
+POLL_SECONDS = 1.0
+SAY_SECONDS = 30.0
+"""Silence of all workers after which the screen says what is pending."""
+
+PLACE_SECONDS = 300.0
+"""How long resources that no node of a joined cluster has may be awaited: an autoscaler's time."""
+
+
+def _ignore(text: str) -> None:
+    """Say nothing."""
+
+
+class RayExecutor:
+    """Actors on a local cluster, a joined one, or one that the caller has already initialised."""
+
+    def __init__(self, compute: ComputeConfig, *, say: Callable[[str], None] = _ignore) -> None:
+        """Start or join the cluster.
+
+        Args:
+            compute: workers, their resources, and the address.
+            say: takes messages about lost and pending workers.
+
+        Raises:
+            InputError: if no cluster answers at the address, or the device does not fit Ray.
+        """
+        _check_device(compute)
+        self._compute = compute
+        self._say = say
+        self._ours = not ray.is_initialized()
+        self._local = self._ours and compute.address is None
+        if self._local:
+            _start_cluster(compute)
+        elif self._ours:
+            _join_cluster(cast(str, compute.address))
+
+    def run(
+        self, make: Callable[[], Callable[[JobT], ResultT]], jobs: Iterable[JobT]
+    ) -> Iterator[Outcome[JobT, ResultT]]:
+        """See `Executor.run`.
+
+        Args:
+            make: makes the worker's function; sent once, through the object store.
+            jobs: the jobs.
+
+        Yields:
+            One outcome per job. A job whose worker died `compute.max_attempts` times has a
+            `WorkerLostError`.
+
+        Raises:
+            RaykernelError: if `make` fails, or if workers die before they are ready.
+        """
+        queue = deque(_Job(job) for job in jobs)
+        if not queue:
+            return
+        pool: _Pool[JobT, ResultT] = _Pool(
+            self._compute, self._say, ray.put(make), queue, local=self._local
+        )
+        try:
+            yield from pool.outcomes()
+        finally:
+            pool.kill()
+
+    def close(self) -> None:
+        """Leave the cluster; one that we started ends with its processes."""
+        if self._ours and ray.is_initialized():
+            ray.shutdown()
+        self._ours = False
+
+
+# ------------------------------------------------------------------ the cluster
+
+
+def _check_device(compute: ComputeConfig) -> None:
+    """Refuse devices that Ray would hide from the worker."""
+    if not compute.device.startswith("cuda"):
+        return
+    if compute.device != "cuda":
+        raise InputError(
+            f"compute.device: found {compute.device}, expected cuda: Ray chooses a worker's GPU "
+            "and shows it no other. Set compute.device=cuda."
+        )
+    if compute.num_gpus == 0:
+        raise InputError(
+            "compute.device=cuda with compute.num_gpus=0: Ray shows such a worker no GPU. Set "
+            "compute.num_gpus=1, or a fraction to share a GPU between workers."
+        )
+
+
+def _start_cluster(compute: ComputeConfig) -> None:
+    """Start Ray on this machine, for this process.
+
+    Ray listens on every network interface whatever address it is given (measured: 2.60, also with
+    127.0.0.1), so authentication stays on, which is Ray's default for a local start. The token is
+    ours and lives as long as this process: else Ray would leave one in the home directory.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        num_cpus=max(1, math.ceil(compute.workers * compute.num_cpus)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _join_cluster(address: str) -> None:
+    """Join a running cluster; its authentication mode is the user's to set."""
+    check_address(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ray_errors.AuthenticationError as error:
+        raise InputError(f"compute.address={address}: {error.__doc__} {TOKEN_HINT}") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        # RuntimeError: Ray compares its own version and Python's with the cluster's.
+        raise InputError(f"compute.address={address}: {error}") from error
+
+
+# ------------------------------------------------------------------ one run
+
+
+class _Shell:
+    """The actor. Exceptions become data here, so that Ray's errors mean lost processes only."""
+
+    def __init__(self) -> None:
+        self._work: Callable[[Any], Any] | None = None
+
+    def hello(self) -> dict[str, str]:
+        """Answer that the process is placed and running."""
+        return versions() | {"node": platform.node()}
+
+    def load(self, make: Callable[[], Callable[[Any], Any]]) -> Success[None] | Failure:
+        """Make the worker: load the model."""
+        made = attempt(make)
+        if isinstance(made, Failure):
+            return made
+        self._work = made.value
+        return Success(None)
+
+    def do(self, job: Any) -> Success[Any] | Failure:
+        """Do one job."""
+        assert self._work is not None
+        return attempt(self._work, job)
+
+
+@dataclass(slots=True)
+class _Job(Generic[JobT]):
+    job: JobT
+    attempts: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Actor(Generic[JobT]):
+    """An actor as the driver sees it."""
+
+    handle: Any
+    greeting: Any
+    """Reference of `hello`, then of `load`; None once the worker is ready."""
+    placed: bool = False
+    jobs: dict[Any, _Job[JobT]] = field(default_factory=dict)
+    """Reference → job, in the order of submission."""
+
+    @property
+    def ready(self) -> bool:
+        return self.greeting is None
+
+
+@dataclass(slots=True)
+class _Pool(Generic[JobT, ResultT]):
+    """The actors and the queue of one run."""
+
+    compute: ComputeConfig
+    say: Callable[[str], None]
+    make: Any
+    queue: deque[_Job[JobT]]
+    local: bool
+    actors: list[_Actor[JobT]] = field(default_factory=list)
+    lost_starts: int = 0
+    """Actors lost in a row before any was ready."""
+    heard: float = field(default_factory=time.monotonic)
+    """When an actor was last heard of."""
+    said: float = field(default_factory=time.monotonic)
+    told_versions: set[str] = field(default_factory=set)
+
+    def outcomes(self) -> Iterator[Outcome[JobT, ResultT]]:
+        """Outcomes until no job is left."""
+        self._check_resources()
+        while self.queue or any(actor.jobs for actor in self.actors):
+            self._hire()
+            self._feed()
+            by_reference = {ref: actor for actor in self.actors for ref in _references(actor)}
+            done, _ = ray.wait(list(by_reference), num_returns=1, timeout=POLL_SECONDS)
+            if not done:
+                self._check_silence()
+            for reference in done:
+                self.heard = self.said = time.monotonic()
+                yield from self._settle(by_reference[reference], reference)
+
+    def kill(self) -> None:
+        """End all actors, whatever they are doing."""
+        for actor in self.actors:
+            _kill(actor)
+        self.actors.clear()
+
+    # -------------------------------------------------------- giving
+
+    def _hire(self) -> None:
+        """Start actors up to `compute.workers`, but none that would have nothing to do."""
+        open_jobs = len(self.queue) + sum(len(actor.jobs) for actor in self.actors)
+        while len(self.actors) < min(self.compute.workers, open_jobs):
+            actor: Any = ray.remote(_Shell)
+            handle = actor.options(
+                num_cpus=self.compute.num_cpus,
+                num_gpus=self.compute.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+            ).remote()
+            self.actors.append(_Actor(handle, handle.hello.remote()))
+
+    def _feed(self) -> None:
+        """Give every ready actor its first job before any gets its second."""
+        for depth in range(self.compute.in_flight):
+            for actor in self.actors:
+                if self.queue and actor.ready and len(actor.jobs) == depth:
+                    job = self.queue.popleft()
+                    job.attempts += 1
+                    actor.jobs[actor.handle.do.remote(job.job)] = job
+
+    # -------------------------------------------------------- taking
+
+    def _settle(self, actor: _Actor[JobT], reference: Any) -> Iterator[Outcome[JobT, ResultT]]:
+        """Take what a reference holds: a greeting, a result, or news of a loss."""
+        try:
+            value = ray.get(reference)
+        except ray_errors.RayTaskError as error:
+            # Not our code, which turns exceptions into data: arguments or results that do not
+            # unpickle, because the package is missing or another one on the node.
+            failed = transport_error(error)
+            if reference is actor.greeting:
+                raise failed from error
+            yield _outcome(actor.jobs.pop(reference), failed)
+        except ray_errors.LocalRayletDiedError as error:
+            raise RunError(
+                "Ray's process on this machine died, and with it the way to the workers. "
+                "Finished blocks are stored: run the command again."
+            ) from error
+        except ray_errors.ActorUnschedulableError as error:
+            raise InputError(f"Ray cannot place a worker: {error}") from error
+        except ray_errors.RayError as error:
+            yield from self._lose(actor, error)
+        else:
+            if reference is actor.greeting:
+                self._greet(actor, value)
+            else:
+                yield _outcome(actor.jobs.pop(reference), value)
+
+    def _greet(self, actor: _Actor[JobT], value: Any) -> None:
+        """Move an actor on: placed → loading → ready."""
+        if not actor.placed:
+            actor.placed = True
+            self._compare_versions(value)
+            actor.greeting = actor.handle.load.remote(self.make)
+        elif isinstance(value, Failure):
+            raise value.error()
+        else:
+            actor.greeting = None
+            self.lost_starts = 0
+
+    def _lose(self, actor: _Actor[JobT], error: Exception) -> Iterator[Outcome[JobT, ResultT]]:
+        """Write an actor off and requeue its jobs."""
+        self.actors.remove(actor)
+        _kill(actor)
+        cause = cause_of(error)
+        if not actor.ready:
+            self.lost_starts += 1
+            if unpacked := missing_module(error):
+                raise unpacked from error
+            if self.lost_starts >= self.compute.max_attempts:
+                raise WorkerLostError(
+                    f"{self.lost_starts} workers in a row died before they had loaded the model "
+                    f"({cause}). {advice(self.compute)}"
+                ) from error
+        waiting: list[_Job[JobT]] = []
+        charged = False
+        for reference, job in actor.jobs.items():
+            value = _value_if_finished(reference)
+            if value is not None:
+                yield _outcome(job, value)
+            elif charged:
+                job.attempts -= 1
+                waiting.append(job)
+            else:
+                charged = True
+                if job.attempts < self.compute.max_attempts:
+                    self.say(f"A worker died ({cause}); its job is given to another one.")
+                    self.queue.append(job)  # at the end: should it kill again, the rest is done
+                else:
+                    text = f"{job.job} was tried {job.attempts} times, each time its worker died"
+                    lost = WorkerLostError(f"{text} ({cause}). {advice(self.compute)}")
+                    yield _outcome(job, lost)
+        self.queue.extendleft(reversed(waiting))
+
+    # -------------------------------------------------------- watching
+
+    def _compare_versions(self, there: dict[str, str]) -> None:
+        """Say once where a node runs other versions than the driver; refuse another raykernel."""
+        differing = [
+            f"{name} {there.get(name)} (here {here})"
+            for name, here in versions().items()
+            if there.get(name) != here
+        ]
+        if not differing:
+            return
+        text = f"node {there['node']} runs " + ", ".join(differing)
+        if any(entry.startswith("raykernel ") for entry in differing):
+            raise InputError(f"{text}. Install the same raykernel on every node.")
+        if text not in self.told_versions:
+            self.told_versions.add(text)
+            self.say(f"Note: {text}; its blocks may differ in rounding.")
+
+    def _check_silence(self) -> None:
+        """After a while without news, say what is pending."""
+        now = time.monotonic()
+        if any(actor.jobs for actor in self.actors) or now - self.said < SAY_SECONDS:
+            return
+        self.said = now
+        self._check_resources(waited=now - self.heard)
+        loading = sum(actor.placed for actor in self.actors)
+        waiting = len(self.actors) - loading
+        if waiting:
+            free = cast(Any, ray).available_resources()
+            self.say(
+                f"{waiting} workers wait for {self._asked()} each; free in the cluster: "
+                f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU."
+            )
+        if loading:
+            self.say(f"{loading} workers are loading the model.")
+
+    def _check_resources(self, *, waited: float = 0.0) -> None:
+        """Refuse resources that no node has, at once locally, else after an autoscaler's time."""
+        if any(actor.placed for actor in self.actors):
+            return
+        nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
+        if any(self._fits(node) for node in nodes):
+            return
+        most = [max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")]
+        text = (
+            f"a worker asks for {self._asked()}, and no node of the cluster has them: the most "
+            f"are {most[0]:g} CPU and {most[1]:g} GPU. Lower compute.num_cpus and compute.num_gpus"
+        )
+        if self.local or waited >= PLACE_SECONDS:
+            raise InputError(f"{text}, or use a larger machine.")
+        self.say(f"{text}, or wait for an autoscaler ({PLACE_SECONDS - waited:.0f} s more).")
+
+    def _fits(self, node: dict[str, float]) -> bool:
+        """Whether an empty node could hold one worker."""
+        return (
+            node.get("CPU", 0) >= self.compute.num_cpus
+            and node.get("GPU", 0) >= self.compute.num_gpus
+        )
+
+    def _asked(self) -> str:
+        """A worker's resources."""
+        return f"{self.compute.num_cpus:g} CPU and {self.compute.num_gpus:g} GPU"
+
+
+def _references(actor: _Actor[JobT]) -> list[Any]:
+    """What an actor owes us."""
+    return list(actor.jobs) if actor.ready else [actor.greeting]
+
+
+def _outcome(job: _Job[JobT], value: Any) -> Outcome[JobT, Any]:
+    """The outcome that a job's answer, or its error, amounts to."""
+    if isinstance(value, Success):
+        return Outcome(job.job, job.attempts, result=value.value)
+    error = value.error() if isinstance(value, Failure) else value
+    return Outcome(job.job, job.attempts, error=error)
+
+
+def _value_if_finished(reference: Any) -> Any:
+    """The answer of a lost actor that had arrived before the loss, else None."""
+    done, _ = ray.wait([reference], timeout=0)
+    with contextlib.suppress(ray_errors.RayError):
+        return ray.get(done[0]) if done else None
+    return None
+
+
+def _kill(actor: _Actor[JobT]) -> None:
+    """End an actor that may be dead already."""
+    with contextlib.suppress(ray_errors.RayError, RuntimeError, ValueError):
+        ray.kill(actor.handle, no_restart=True)

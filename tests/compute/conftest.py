@@ -1,0 +1,52 @@
+"""One Ray instance for all tests of a session, and the executors that they run on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raykernel.compute.executor import Executor, InlineExecutor
+from raykernel.config import ComputeConfig
+from raykernel.terms import ExecutorName
+
+
+@pytest.fixture(scope="session")
+def ray_instance() -> Iterator[None]:
+    """Ray with two CPUs, on this machine."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: no token in $HOME
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def ray_compute() -> ComputeConfig:
+    return ComputeConfig(executor=ExecutorName.ray, workers=2, max_attempts=3)
+
+
+@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def executor(request: pytest.FixtureRequest, ray_compute: ComputeConfig) -> Iterator[Executor]:
+    """Every executor in turn."""
+    if request.param == "inline":
+        yield InlineExecutor()
+        return
+    request.getfixturevalue("ray_instance")
+    from raykernel.compute.ray_executor import RayExecutor
+
+    made = RayExecutor(ray_compute)
+    yield made
+    made.close()

@@ -1,0 +1,86 @@
+"""What every executor owes its caller."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from toy_workers import Toy
+
+from raykernel.compute.executor import Executor, WorkerTraceback
+from raykernel.errors import InputError, NonFiniteError, RunError, StorageFullError
+
+
+def test_every_job_comes_back_once(executor: Executor, tmp_path: Path) -> None:
+    toy = Toy(str(tmp_path))
+    outcomes = list(executor.run(toy.start, range(20)))
+    assert sorted(outcome.job for outcome in outcomes) == list(range(20))
+    assert all(outcome.value() == outcome.job**2 for outcome in outcomes)
+    assert all(outcome.attempts == 1 for outcome in outcomes)
+    assert all(toy.count(f"ran-{job}") == 1 for job in range(20))
+
+
+def test_a_worker_starts_once_per_process(executor: Executor, tmp_path: Path) -> None:
+    toy = Toy(str(tmp_path))
+    list(executor.run(toy.start, range(20)))
+    started = {path.name for path in tmp_path.glob("started-*")}
+    worked = {pid for path in tmp_path.glob("ran-*") for pid in path.read_text().split()}
+    assert {f"started-{pid}" for pid in worked} <= started
+    assert len(started) <= 2
+
+
+def test_no_job_starts_no_worker(executor: Executor, tmp_path: Path) -> None:
+    assert list(executor.run(Toy(str(tmp_path)).start, [])) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_job_leaves_the_others_alone(executor: Executor) -> None:
+    outcomes = {outcome.job: outcome for outcome in executor.run(Toy().refuse_odd, range(8))}
+    assert {job for job, outcome in outcomes.items() if outcome.error} == {1, 3, 5, 7}
+    assert outcomes[6].value() == 36
+
+
+def test_errors_keep_class_message_and_exit_code(executor: Executor) -> None:
+    errors = {outcome.job: outcome.error for outcome in executor.run(Toy().refuse_odd, range(8))}
+    found = {job: (type(e), str(e), e.exit_code) for job, e in errors.items() if e is not None}
+    assert found[1] == (NonFiniteError, "layer 'encoder.0': found NaN.", 2)
+    assert found[3] == (StorageFullError, "no space left.", 2)
+    assert found[5] == (RunError, "A worker failed with ValueError: five", 1)
+    assert found[7] == (NonFiniteError, "seven", 2)
+
+
+def test_an_unforeseen_error_keeps_the_end_of_its_traceback(executor: Executor) -> None:
+    (outcome,) = executor.run(Toy().refuse_odd, [5])
+    with pytest.raises(RunError) as caught:
+        outcome.value()
+    assert isinstance(caught.value.__cause__, WorkerTraceback)
+    assert "toy_workers.py" in str(caught.value.__cause__)
+    assert str(caught.value.__cause__).endswith("ValueError: five")
+
+
+def test_a_worker_that_cannot_start_ends_the_run(executor: Executor) -> None:
+    with pytest.raises(InputError, match="found 'nothing', expected a model"):
+        list(executor.run(Toy().fail, range(3)))
+
+
+def test_closing_early_stops_the_work(executor: Executor, tmp_path: Path) -> None:
+    toy = Toy(str(tmp_path))
+    outcomes = executor.run(toy.slow, range(50))
+    next(outcomes)
+    outcomes.close()
+    ran = len(list(tmp_path.glob("ran-*")))
+    assert ran < 10
+    time.sleep(1.0)
+    assert len(list(tmp_path.glob("ran-*"))) <= ran + 1  # one may have been between two marks
+
+
+def test_an_executor_runs_again(executor: Executor) -> None:
+    for _ in range(2):
+        assert {outcome.value() for outcome in executor.run(Toy().start, range(3))} == {0, 1, 4}
+
+
+def test_an_interrupt_of_the_caller_passes_through(executor: Executor) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        for _ in executor.run(Toy().start, range(20)):
+            raise KeyboardInterrupt

@@ -1,0 +1,115 @@
+"""Workers that square numbers, and fail in every way a worker can.
+
+A module of its own, because Ray's processes import what they run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from raykernel.errors import InputError, NonFiniteError, StorageFullError
+
+
+class OwnError(NonFiniteError):
+    """An error class that only this module knows."""
+
+
+@dataclass(frozen=True)
+class Toy:
+    folder: str = ""
+    """Where the processes leave their marks."""
+
+    def start(self) -> Callable[[int], int]:
+        if self.folder:
+            Path(self.folder, f"started-{os.getpid()}").touch()
+        return self.square
+
+    def square(self, job: int) -> int:
+        if self.folder:
+            self.mark(f"ran-{job}")
+        return job * job
+
+    def mark(self, name: str) -> bool:
+        """Leave a mark; whether it is the first of its name."""
+        path = Path(self.folder, name)
+        first = not path.exists()
+        with path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return first
+
+    def count(self, name: str) -> int:
+        path = Path(self.folder, name)
+        return len(path.read_text().split()) if path.exists() else 0
+
+    # ---------------------------------------------------- failing in the code
+
+    def fail(self) -> Callable[[int], int]:
+        raise InputError("model.name: found 'nothing', expected a model.")
+
+    def refuse_odd(self) -> Callable[[int], int]:
+        return _refuse_odd
+
+    # ---------------------------------------------------- failing as a process
+
+    def die_once(self) -> Callable[[int], int]:
+        """The process exits in the middle of job 3, the first time."""
+
+        def work(job: int) -> int:
+            if self.mark(f"ran-{job}") and job == 3:
+                os._exit(1)
+            return job * job
+
+        return work
+
+    def die_always(self) -> Callable[[int], int]:
+        """Job 3 kills every process that tries it."""
+
+        def work(job: int) -> int:
+            self.mark(f"ran-{job}")
+            if job == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return job * job
+
+        return work
+
+    def die_at_start(self) -> Callable[[int], int]:
+        os._exit(1)
+
+    def slow(self) -> Callable[[int], int]:
+        def work(job: int) -> int:
+            self.mark(f"ran-{job}")
+            time.sleep(0.4)
+            return job * job
+
+        return work
+
+    def endless(self) -> Callable[[int], int]:
+        def work(job: int) -> int:
+            self.mark("running")
+            time.sleep(600)
+            return job
+
+        return work
+
+    def unpicklable(self) -> Callable[[int], object]:
+        def work(job: int) -> object:
+            return open(os.devnull) if job == 3 else job * job  # noqa: PTH123, SIM115
+
+        return work
+
+
+def _refuse_odd(job: int) -> int:
+    if job == 1:
+        raise NonFiniteError("layer 'encoder.0': found NaN.")
+    if job == 3:
+        raise StorageFullError("no space left.")
+    if job == 5:
+        raise ValueError("five")
+    if job == 7:
+        raise OwnError("seven")
+    return job * job
