@@ -1,0 +1,210 @@
+"""Checks that a capture is what plain autograd gives, and the name of a layer where it is NaN.
+
+A capture rests on two readings that no static look at a model can prove: that the watched calls
+are all uses of a parameter, and that the examples are where the shapes say. Both are checked on
+numbers, for every new pattern of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from raykernel.errors import NonFiniteError
+from raykernel.ntk.factors import Part
+from raykernel.ntk.local import Batch, Readout, requiring_gradients
+from raykernel.ntk.recorder import Call
+
+_SEPARATION_TOLERANCE = 1e-3
+
+
+def output_weights(logits: Float[Tensor, "n c"]) -> Float[Tensor, "c"]:
+    """Weights of the outputs in the audited sum: distinct, so that no two outputs can swap."""
+    return 1.0 / torch.arange(1, logits.shape[1] + 1, device=logits.device, dtype=logits.dtype)
+
+
+def example_scales(logits: Float[Tensor, "n c"]) -> Float[Tensor, "n"]:
+    """Weights of the examples in the separation probe.
+
+    Powers of two scale a backward pass without rounding; from the 33rd example on they repeat.
+    """
+    exponents = torch.arange(len(logits), device=logits.device) % 32
+    return torch.exp2(-exponents.to(logits.dtype))
+
+
+def separated(
+    calls: Sequence[Call],
+    gradients: Sequence[Tensor],
+    scaled: Sequence[Tensor],
+    scales: Float[Tensor, "n"],
+) -> bool:
+    """Whether each example's slice of every call carries that example's gradient only.
+
+    Scaling the logits of example i by s_i must scale slice i by s_i and by nothing else.
+
+    Args:
+        calls: the calls.
+        gradients: of the sum of one output over the examples, by call.
+        scaled: of the same sum with the examples scaled.
+        scales: s.
+    """
+    n = len(scales)
+    for call, plain, other in zip(calls, gradients, scaled, strict=True):
+        if call.output.shape[:1].numel() % n:
+            return False
+        expected = plain.reshape(n, -1) * scales.unsqueeze(1)
+        error = (other.reshape(n, -1) - expected).abs().amax(1)
+        if bool((error > _SEPARATION_TOLERANCE * expected.abs().amax(1)).any()):
+            return False
+    return True
+
+
+def wrong_parameters(
+    model: nn.Module,
+    readout: Readout,
+    batch: Batch,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Sequence[Part]],
+    logits: Float[Tensor, "1 c"],
+) -> set[str] | None:
+    """Parameters whose captured gradient is not autograd's, for one example.
+
+    Args:
+        model: the network; none of its parameters need a gradient.
+        readout: logits (n, c) of a batch.
+        batch: the example.
+        parameters: by name.
+        parts: what was captured of the example, by parameter.
+        logits: what was captured of the example.
+
+    Returns:
+        Names, or None if the logits themselves are others.
+    """
+    weights = output_weights(logits)
+    errors: dict[str, float] = {}
+    norms: dict[str, float] = {}
+
+    def compare(name: str, gradient: Tensor | None) -> None:
+        captured = dense(parts.get(name, ()), weights, parameters[name])
+        actual = torch.zeros_like(captured) if gradient is None else gradient.to(captured.dtype)
+        errors[name] = float((actual - captured).norm())
+        norms[name] = max(float(actual.norm()), float(captured.norm()))
+
+    # A hook per parameter takes each gradient as it becomes complete and frees it: the peak is
+    # one parameter, not all of them.
+    stash = {name: parameter.grad for name, parameter in parameters.items()}
+    handles = []
+    with requiring_gradients(parameters.values()):
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            handles.append(parameter.register_post_accumulate_grad_hook(_taker(name, compare)))
+        try:
+            alone = readout(model, batch)
+            if not _close(alone.detach(), logits):
+                return None
+            if alone.requires_grad:
+                (alone * weights).sum().backward(inputs=list(parameters.values()))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, parameter in parameters.items():
+                parameter.grad = stash[name]
+    for name in parameters.keys() - errors.keys():
+        compare(name, None)
+    eps = torch.finfo(logits.dtype).eps
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    # Rounding of a gradient that vanishes (attention's key bias) is relative to the others.
+    return {
+        name
+        for name, error in errors.items()
+        if not error <= eps**0.5 * norms[name] + 10 * eps * total
+    }
+
+
+def _taker(name: str, compare: object) -> object:
+    def take(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        compare(name, gradient)  # type: ignore[operator]
+
+    return take
+
+
+def dense(
+    parts: Sequence[Part], weights: Float[Tensor, "c"], parameter: nn.Parameter
+) -> Float[Tensor, "..."]:
+    """One example's gradient of the weighted sum of outputs, shaped like the parameter."""
+    shape = parameter.shape if parameter.dim() else torch.Size([1])
+    total = parameter.new_zeros((shape[0], shape[1:].numel()), dtype=torch.float64)
+    for part in parts:
+        rows = part.support()
+        block = part.row_block(slice(0, shape[0]) if rows is None else rows)[0]
+        summed = torch.einsum("csw,c->sw", block.double(), weights.double())
+        if rows is None:
+            total += summed
+        else:
+            total[rows] += summed
+    return total.view(parameter.shape)
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    eps = torch.finfo(expected.dtype).eps
+    return bool((actual - expected).abs().max() <= eps**0.5 * expected.abs().max().clamp(min=1e-3))
+
+
+def raise_non_finite(
+    model: nn.Module, readout: Readout, batch: Batch, *, gradient_of: str | None
+) -> None:
+    """Name the layer at which NaN or infinity comes in.
+
+    Args:
+        model: the network.
+        readout: logits (n, c) of a batch.
+        batch: the examples.
+        gradient_of: the layer group whose gradient is not finite, if it is known.
+
+    Raises:
+        NonFiniteError: always.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            layer = name.rpartition(".")[0] or name
+            raise NonFiniteError(
+                f"{layer}: parameter {name!r} holds NaN or infinity, expected finite weights. "
+                "Load the checkpoint again, or check what wrote it."
+            )
+    layer = _first_non_finite_output(model, readout, batch)
+    if layer is not None:
+        raise NonFiniteError(
+            f"{layer}: its output is NaN or infinite although the weights are finite. "
+            "Use kernel.precision=float32, and check the inputs (a row of only padding?)."
+        )
+    where = f"{gradient_of}: the gradient" if gradient_of else "The logits'"
+    raise NonFiniteError(
+        f"{where} is NaN or infinite, expected a finite value. Use kernel.precision=float32 or "
+        "float64; a division by zero or a square root of zero in the model has no gradient."
+    )
+
+
+def _first_non_finite_output(model: nn.Module, readout: Readout, batch: Batch) -> str | None:
+    found: list[str] = []
+
+    def note(path: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point() and not found:
+            if not bool(output.isfinite().all()):
+                found.append(path)
+
+    handles = [
+        module.register_forward_hook(lambda m, a, output, path=path: note(path, output))
+        for path, module in model.named_modules()
+        if path
+    ]
+    try:
+        with torch.no_grad():
+            readout(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

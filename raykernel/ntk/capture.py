@@ -1,0 +1,387 @@
+"""One forward and c backward passes → the logits and every layer's factors of ∂f/∂θ.
+
+The pass goes over a whole batch as long as the model treats its examples apart; that is checked,
+and a model that does not (parameters projected once for the whole batch, tokens first, experts)
+is traced one example at a time. Parameters that no rule covers are differentiated through their
+module alone, or through the whole model. Either way the result is exact; only the cost differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from raykernel.errors import InputError
+from raykernel.ntk import audit
+from raykernel.ntk.factors import Part, compress, examples, join_calls, join_examples, num_bytes
+from raykernel.ntk.groups import ROOT, find_groups
+from raykernel.ntk.local import Batch, Readout, example, model_gradients, num_examples
+from raykernel.ntk.recorder import Call, Recorder, Recording, Watched
+
+Parts = dict[str, dict[str, tuple[Part, ...]]]
+"""Parts by layer group and parameter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Capture:
+    """What the kernel needs of some examples: their logits and the factors of their gradients."""
+
+    logits: Float[Tensor, "n c"]
+    parts: Parts
+    crosses: dict[str, tuple[str, str]]
+    """The two groups that share a parameter, by cross group."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Every layer group, cross groups last."""
+        return (*self.parts, *self.crosses)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the factors, in bytes."""
+        by_parameter = [parts for group in self.parts.values() for parts in group.values()]
+        return sum(num_bytes(part) for parts in by_parameter for part in parts)
+
+    @staticmethod
+    def concatenate(captures: Sequence[Capture]) -> Capture:
+        """Captures of one tracer as one, along examples; token counts may differ.
+
+        Args:
+            captures: at least one.
+        """
+        first = captures[0]
+        if len(captures) == 1:
+            return first
+        counts = [len(capture.logits) for capture in captures]
+        parts: Parts = {}
+        for group in first.parts:
+            own = [capture.parts[group] for capture in captures]
+            names = dict.fromkeys(name for by_name in own for name in by_name)
+            parts[group] = {
+                name: join_examples([by_name.get(name, ()) for by_name in own], counts)
+                for name in names
+            }
+        return Capture(torch.cat([c.logits for c in captures]), parts, first.crosses)
+
+
+class Tracer:
+    """Captures examples of one model; its layer groups are fixed when it is made.
+
+    The parameters with `requires_grad` are the kernel's. They need no gradient during a pass, and
+    modules are in eval mode; both are as before afterwards, also after an error.
+
+    Args:
+        model: the network.
+        readout: logits (n, c) of a batch of n examples, a dict of tensors with leading n.
+
+    Raises:
+        InputError: if no parameter needs a gradient.
+    """
+
+    def __init__(self, model: nn.Module, readout: Readout) -> None:
+        self._model = model
+        self._readout = readout
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise InputError(
+                "no parameter of the model has requires_grad, expected at least one. "
+                "Select those that vary, for example model.requires_grad_(True)."
+            )
+        self._groups = find_groups(model)
+        paths = [path or ROOT for path, _ in model.named_modules()]
+        modules = dict(zip(paths, model.modules(), strict=True))
+        self._modules = {group: modules[group] for group in self._groups.members}
+        # What the first passes teach about the model.
+        self._local: dict[str, nn.Module] = {}
+        self._through_model: set[str] = set()
+        self._audited: set[object] = set()
+        self._clone = False
+        self._batched = True
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Every layer group in registration order, cross groups of tied parameters last."""
+        return self._groups.names
+
+    @property
+    def batched(self) -> bool:
+        """Whether a batch is traced in one pass; false once examples turned out not to be apart."""
+        return self._batched
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Parameters that no rule covers so far: `module` or `model`, what is differentiated."""
+        return {
+            **dict.fromkeys(self._local, "module"),
+            **dict.fromkeys(sorted(self._through_model), "model"),
+        }
+
+    def capture(self, batch: Batch) -> Capture:
+        """Logits and gradient factors of a batch.
+
+        Cost: one forward pass and one backward pass to the activations per output; the first
+        batch, and the first of every new pattern of calls, is checked against plain autograd.
+
+        Args:
+            batch: tensors whose leading dimension is the examples.
+
+        Raises:
+            InputError: if the batch is empty or uneven, the readout is not (n, c), or two passes
+                over one example differ.
+            NonFiniteError: if logits or gradients are NaN or infinite.
+        """
+        n = check_batch(batch)
+        with self._prepared():
+            if n > 1 and self._batched:
+                if not self._audited:
+                    self._trace(example(batch, 0))
+                capture = self._trace(batch)
+                if capture is not None:
+                    return capture
+                self._batched = False
+            captures = [self._trace(example(batch, i)) for i in range(n)]
+            return Capture.concatenate([capture for capture in captures if capture is not None])
+
+    def bytes_per_example(self, batch: Batch) -> int:
+        """Peak memory of a pass over `batch` per example, in bytes, without the weights.
+
+        Saved activations, watched outputs with their gradients, and the factors. Measured by a
+        forward pass over the first example, as long as the batch is padded.
+
+        Args:
+            batch: tensors whose leading dimension is the examples.
+        """
+        check_batch(batch)
+        with self._prepared():
+            self._trace(example(batch, 0))
+            storages: dict[int, int] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                recording = self._watch(example(batch, 0))
+        assert isinstance(recording, Recording)
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
+        num_outputs = recording.logits.shape[1]
+        calls = sum(call.num_bytes for call in recording.calls)
+        outputs = sum(c.output.numel() * c.output.element_size() for c in recording.calls)
+        whole = sum(self._parameters[name].numel() for name in self._through_model)
+        return sum(storages.values()) + calls + 2 * num_outputs * outputs + 4 * num_outputs * whole
+
+    def _trace(self, batch: Batch) -> Capture | None:
+        """A capture in one pass, or None if the examples of the batch are not apart."""
+        n = num_examples(batch)
+        while True:
+            recording = self._watch(batch)
+            if recording is None:
+                return None
+            if recording.uncovered:
+                for name, module in recording.uncovered.items():
+                    self._demote(name, module)
+                continue
+            capture = self._differentiate(recording, batch)
+            pattern = _pattern(recording)
+            if capture is None or pattern in self._audited:
+                return capture
+            wrong = self._wrong_parameters(capture, batch)
+            if wrong is None or (wrong and n > 1):
+                return None
+            if not wrong:
+                self._audited.add(pattern)
+                return capture
+            for name in wrong:
+                self._demote(name, None)
+
+    def _watch(self, batch: Batch) -> Recording | None:
+        n = num_examples(batch)
+        lengths = frozenset(value.shape[1] for value in batch.values() if value.dim() > 1)
+        watched = Watched(
+            names={id(p): k for k, p in self._parameters.items() if k not in self._through_model},
+            owners=self._groups.owners,
+            modules=self._modules,
+            local=self._local,
+        )
+        for clone in (False, True) if not self._clone else (True,):
+            recorder = Recorder(watched, n, lengths=lengths, clone=clone)
+            try:
+                with recorder.watching():
+                    logits = self._readout(self._model, batch)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception:
+                # An in-place change of a leaf is cured by cloning; a value expanded to all
+                # examples where the model did not expect it, by tracing them one by one.
+                if n == 1 and clone:
+                    raise
+                continue
+            if recorder.modified():
+                continue
+            self._clone = clone
+            self._check_logits(logits, batch)
+            return Recording(logits, tuple(recorder.calls), recorder.uncovered)
+        return None
+
+    def _check_logits(self, logits: Any, batch: Batch) -> None:
+        n = num_examples(batch)
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != n:
+            raise InputError(
+                f"readout returned {found} for {n} examples, expected a tensor ({n}, c). "
+                "Return one row of logits per example, such as logits[:, label_ids]."
+            )
+        if not bool(logits.isfinite().all()):
+            audit.raise_non_finite(self._model, self._readout, batch, gradient_of=None)
+
+    def _demote(self, name: str, module: nn.Module | None) -> None:
+        """Take a parameter from the rules to its module's gradient, or to the whole model's."""
+        parameter = self._parameters[name]
+        owned = module is not None and any(p is parameter for p in module.parameters(recurse=False))
+        if module is not None and owned and name not in self._local:
+            self._local[name] = module
+        else:
+            self._local.pop(name, None)
+            self._through_model.add(name)
+
+    def _differentiate(self, recording: Recording, batch: Batch) -> Capture | None:
+        logits, calls = recording.logits, recording.calls
+        if not self._is_separated(recording):
+            return None
+        gradients = _gradients(logits, calls)
+        found: dict[tuple[str, str], list[Part]] = {}
+        for call in calls:
+            of_call = gradients.pop(0)
+            if of_call is None:
+                continue
+            for name, part in call.build(of_call).items():
+                found.setdefault((dict(call.groups)[name], name), []).append(part)
+        parts: Parts = {group: {} for group in self._groups.members}
+        broken = None
+        for (group, name), uses in found.items():
+            compressed = [compress(part) for part in join_calls(uses)]
+            parts[group][name] = tuple(part for part, _ in compressed)
+            broken = broken if all(finite for _, finite in compressed) else group
+        parameters = {name: self._parameters[name] for name in sorted(self._through_model)}
+        if parameters:
+            rows = model_gradients(self._model, self._readout, batch, parameters)
+            for name, part in rows.items():
+                group = self._groups.owners[name][0]
+                parts[group][name] = (part,)
+                broken = broken if compress(part)[1] else group
+        if broken is not None:
+            audit.raise_non_finite(self._model, self._readout, batch, gradient_of=broken)
+        return Capture(logits.detach(), parts, self._groups.crosses)
+
+    def _is_separated(self, recording: Recording) -> bool:
+        logits = recording.logits
+        if len(logits) == 1 or not logits.requires_grad:
+            return True
+        known = _pattern(recording) in self._audited
+        doubtful = [call for call in recording.calls if call.ambiguous or not known]
+        if not doubtful:
+            return True
+        scales = audit.example_scales(logits)
+        plain = _backward(logits[:, 0].sum(), doubtful)
+        scaled = _backward((logits[:, 0] * scales).sum(), doubtful)
+        return audit.separated(doubtful, plain, scaled, scales)
+
+    def _wrong_parameters(self, capture: Capture, batch: Batch) -> set[str] | None:
+        n = num_examples(batch)
+        last = slice(n - 1, n)
+        parts: dict[str, list[Part]] = {}
+        for group in capture.parts.values():
+            for name, own in group.items():
+                parts.setdefault(name, []).extend(examples(part, last) for part in own)
+        ruled = {k: p for k, p in self._parameters.items() if k not in self._through_model}
+        wrong = audit.wrong_parameters(
+            self._model, self._readout, example(batch, n - 1), ruled, parts, capture.logits[last]
+        )
+        if wrong is None and n == 1:
+            raise InputError(
+                "two passes over the same example gave different logits, expected a function of "
+                "the example. Remove randomness (dropout with training=True) from the model."
+            )
+        return wrong
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """No selected parameter needs a gradient, every module is in eval mode."""
+        training = {module: module.training for module in self._model.modules()}
+        wanted = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
+        try:
+            for module in training:
+                module.training = False
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+
+
+def check_batch(batch: Batch) -> int:
+    """Number of examples of a batch.
+
+    Args:
+        batch: tensors whose leading dimension is the examples.
+
+    Raises:
+        InputError: if there are none, or the tensors disagree.
+    """
+    sizes = {key: value.shape[0] if value.dim() else None for key, value in batch.items()}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        raise InputError(
+            f"leading dimensions of the batch: {sizes}, expected one number of examples in all. "
+            "Give every tensor one row per example."
+        )
+    n = next(iter(batch.values())).shape[0]
+    if n == 0:
+        raise InputError("the batch has no examples, expected at least one. Check what fills it.")
+    return n
+
+
+def _pattern(recording: Recording) -> object:
+    """What has to be the same for an audit to hold: which calls, and where their examples are."""
+    calls = tuple((c.groups, c.layout, len(c.shape)) for c in recording.calls)
+    return len(recording.logits) > 1, calls
+
+
+def _backward(scalar: Tensor, calls: Sequence[Call], *, keep: bool = True) -> list[Tensor]:
+    outputs = [call.output for call in calls]
+    return list(
+        torch.autograd.grad(scalar, outputs, retain_graph=keep, materialize_grads=True)
+    )
+
+
+def _gradients(logits: Tensor, calls: Sequence[Call]) -> list[list[Tensor] | None]:
+    """Gradient of every output by call; None where no output depends on it."""
+    if not logits.requires_grad or not calls:
+        return [None] * len(calls)
+    outputs = [call.output for call in calls]
+    c = logits.shape[1]
+    by_output = [
+        torch.autograd.grad(
+            logits[:, a].sum(), outputs, retain_graph=a < c - 1, allow_unused=True
+        )
+        for a in range(c)
+    ]
+    found: list[list[Tensor] | None] = []
+    for call, *gradients in zip(calls, *by_output, strict=True):
+        if all(gradient is None for gradient in gradients):
+            found.append(None)
+        else:
+            zeros = torch.zeros_like(call.output)
+            found.append([zeros if gradient is None else gradient for gradient in gradients])
+    return found

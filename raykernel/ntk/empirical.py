@@ -1,0 +1,115 @@
+"""The empirical NTK of two sets of examples, in one call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from raykernel.errors import InputError, nearest
+from raykernel.ntk.capture import Capture, Tracer, check_batch
+from raykernel.ntk.contract import gram
+from raykernel.terms import Kind
+
+
+def empirical_kernel(
+    model: nn.Module,
+    readout: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    rows: dict[str, Tensor],
+    cols: dict[str, Tensor] | None = None,
+    *,
+    kinds: Sequence[str | Kind] = ("sgd",),
+    groups: Iterable[str] | None = None,
+    batch_size: int = 32,
+) -> dict[str, dict[str, Float[Tensor, "n c m c"]]]:
+    """Exact empirical NTK of the parameters with `requires_grad`, by layer group.
+
+        K[i, a, j, b] = Σ_p  ∂f_a(x_i)/∂θ_p · ∂f_b(x_j)/∂θ_p
+
+    The sum over all groups is the whole kernel: no parameter is left out, and a parameter tied
+    between modules a and b adds a group `cross(a, b)`. Outputs are not traced out. Modules run in
+    eval mode. Sums in float32 (a float64 model: in float64), on the model's device.
+    Cost: one forward and c backward passes over rows and columns, then the contraction.
+
+    Args:
+        model: the network.
+        readout: called as readout(model, batch), gives logits (n, c).
+        rows: the row examples; tensors whose leading dimension is the examples.
+        cols: the column examples; None: the rows.
+        kinds: kernels wanted.
+        groups: layer groups wanted, by name or as regular expressions to be found in names; None: all.
+        batch_size: examples of one forward pass at the most.
+
+    Returns:
+        Blocks by kind and layer group.
+
+    Raises:
+        InputError: for a kind or group that does not exist, an empty or uneven batch, a readout
+            that is not (n, c), or a model none of whose parameters has `requires_grad`.
+        NonFiniteError: if logits, gradients or blocks are NaN or infinite.
+    """
+    names = [_kind_name(kind) for kind in kinds]
+    if batch_size < 1:
+        raise InputError(f"batch_size: found {batch_size}, expected at least 1.")
+    tracer = Tracer(model, readout)
+    wanted = None if groups is None else select_groups(tracer.groups, groups)
+    row_capture = _capture(tracer, rows, batch_size)
+    col_capture = row_capture if cols is None else _capture(tracer, cols, batch_size)
+    if row_capture.logits.shape[1] != col_capture.logits.shape[1]:
+        raise InputError(
+            f"readout gave {row_capture.logits.shape[1]} outputs for rows and "
+            f"{col_capture.logits.shape[1]} for cols, expected the same outputs for both."
+        )
+    blocks = gram(row_capture, col_capture, groups=wanted)
+    return {name: blocks for name in names}
+
+
+def select_groups(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
+    """Layer groups in their order, chosen by name or by regular expression.
+
+    Args:
+        names: every layer group.
+        wanted: names, or expressions searched in names.
+
+    Raises:
+        InputError: if one of `wanted` chooses nothing, or is no regular expression.
+    """
+    chosen: set[str] = set()
+    for pattern in wanted:
+        found = [pattern] if pattern in names else _matching(names, pattern)
+        if not found:
+            raise InputError(
+                f"groups: {pattern!r} is no layer group and matches none, "
+                f"{nearest(pattern, names)}"
+            )
+        chosen.update(found)
+    return tuple(name for name in names if name in chosen)
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    try:
+        return [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise InputError(
+            f"groups: {pattern!r} is no regular expression ({error}), expected a layer group's "
+            "name or an expression. Escape brackets and dots, or give the name."
+        ) from error
+
+
+def _kind_name(kind: str | Kind) -> str:
+    name = kind.value if isinstance(kind, Kind) else kind
+    known = [member.value for member in Kind]
+    if name not in known:
+        raise InputError(f"kinds: {name!r} is no kernel, {nearest(name, known)}")
+    return name
+
+
+def _capture(tracer: Tracer, batch: dict[str, Tensor], batch_size: int) -> Capture:
+    n = check_batch(batch)
+    pieces = [
+        {key: value[start : start + batch_size] for key, value in batch.items()}
+        for start in range(0, n, batch_size)
+    ]
+    return Capture.concatenate([tracer.capture(piece) for piece in pieces])

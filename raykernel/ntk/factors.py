@@ -1,0 +1,291 @@
+"""What a capture keeps of ∂f_a(x_i)/∂θ, one part per use of a parameter, without forming it.
+
+Letters: n examples, c outputs, t tokens, i inputs and o outputs of a layer, s rows of a
+parameter, w width of such a row. A parameter is read as a matrix of rows: W[s, :], a vector as
+rows of width 1. Every part can say which rows it touches and materialise any of them; that alone
+makes every pair of parts contractible, so a tied matrix may be a lookup here and a product there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RowBlock = Float[Tensor, "n c s w"]
+
+_COLUMN_SEARCH = 1024
+"""Output features from which it pays to look for those that no readout uses (an LM head's)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """A matrix applied to tokens, W a or a W: G[i, a] = Σ_t b_t ⊗ a_t."""
+
+    inputs: Float[Tensor, "n t i"]
+    gradients: Float[Tensor, "n c t o"]
+    rows: Int[Tensor, "o"] | None
+    """Ascending rows of W that the outputs are; None: all. Never with `transposed`."""
+    transposed: bool
+    """W is stored (i, o), as in GPT-2, not (o, i)."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.inputs.shape[-1] if self.transposed else self.gradients.shape[-1]
+
+    @property
+    def width(self) -> int:
+        return self.gradients.shape[-1] if self.transposed else self.inputs.shape[-1]
+
+    def support(self) -> Int[Tensor, "s"] | None:
+        """Ascending rows of the parameter that can be non-zero; None: all of them."""
+        return self.rows
+
+    def row_block(self, rows: Int[Tensor, "s"] | slice) -> RowBlock:
+        """Gradient of these rows of the parameter."""
+        if isinstance(rows, Tensor) and self.rows is not None:
+            rows = torch.searchsorted(self.rows, rows)
+        if self.transposed:
+            return (
+                _raised(self.inputs[..., rows]).mT.unsqueeze(1).matmul(_raised(self.gradients))
+            )
+        return _raised(self.gradients[..., rows]).mT.matmul(_raised(self.inputs).unsqueeze(1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lookup:
+    """Rows of a matrix read by index: G[i, a, v] = Σ_{t: id_t = v} b_t."""
+
+    ids: Int[Tensor, "n t"]
+    gradients: Float[Tensor, "n c t w"]
+
+    @property
+    def width(self) -> int:
+        return self.gradients.shape[-1]
+
+    def support(self) -> Int[Tensor, "s"]:
+        """Ascending rows of the parameter that can be non-zero."""
+        return torch.unique(self.ids)
+
+    def row_block(self, rows: Int[Tensor, "s"] | slice) -> RowBlock:
+        """Gradient of these rows of the parameter."""
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=self.ids.device)
+        n, c, t, w = self.gradients.shape
+        place = torch.searchsorted(rows, self.ids).clamp_(max=len(rows) - 1)
+        found = rows[place] == self.ids
+        if self.ids.is_cuda:
+            # index_add_ adds atomically on CUDA, in any order; a product with the incidence
+            # matrix gives the same bits every time.
+            spread = (rows == self.ids.unsqueeze(-1)).to(accumulator(self.gradients.dtype))
+            return spread.mT.unsqueeze(1).matmul(_raised(self.gradients))
+        example, token = found.nonzero(as_tuple=True)
+        block = self.gradients.new_zeros(
+            (n * len(rows), c, w), dtype=accumulator(self.gradients.dtype)
+        )
+        source = _raised(self.gradients.transpose(1, 2)[example, token])
+        block.index_add_(0, example * len(rows) + place[example, token], source)
+        return block.view(n, len(rows), c, w).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The gradient itself, materialised per example."""
+
+    gradients: Float[Tensor, "n c p"]
+    num_rows: int
+    """Rows that the p coordinates are, in the parameter's order."""
+
+    @property
+    def width(self) -> int:
+        return self.gradients.shape[-1] // self.num_rows
+
+    def support(self) -> None:
+        """All rows can be non-zero."""
+        return None
+
+    def row_block(self, rows: Int[Tensor, "s"] | slice) -> RowBlock:
+        """Gradient of these rows of the parameter."""
+        return _raised(self.gradients.unflatten(2, (self.num_rows, self.width))[:, :, rows])
+
+
+Part = Product | Lookup | Rows
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Type in which products of this type are summed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _raised(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulator(tensor.dtype))
+
+
+def num_bytes(part: Part) -> int:
+    """Memory of a part's tensors, in bytes."""
+    tensors = [getattr(part, name, None) for name in ("inputs", "gradients", "ids", "rows")]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def examples(part: Part, index: slice) -> Part:
+    """The part of a contiguous range of its examples."""
+    if isinstance(part, Product):
+        return replace(part, inputs=part.inputs[index], gradients=part.gradients[index])
+    if isinstance(part, Lookup):
+        return replace(part, ids=part.ids[index], gradients=part.gradients[index])
+    return replace(part, gradients=part.gradients[index])
+
+
+def compress(part: Part) -> tuple[Part, bool]:
+    """The same part without tokens that carry no gradient, and whether it is finite.
+
+    Padding carries none, and in the last block of a prompt model only the readout's token does.
+    Tokens are dropped per example: the result has as many as the example with most needs.
+    """
+    if isinstance(part, Rows):
+        return part, bool(part.gradients.isfinite().all())
+    peak = part.gradients.abs().amax(dim=(1, 3))
+    num_alive = int((peak != 0).sum(1).max())
+    finite = bool(peak.isfinite().all())
+    t = peak.shape[1]
+    if num_alive < t:
+        order = (peak == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(num_alive, 1)]
+        part = _take_tokens(part, order)
+    if isinstance(part, Product):
+        part = _drop_columns(part)
+    return part, finite
+
+
+def _take_tokens(part: Product | Lookup, order: Int[Tensor, "n t"]) -> Product | Lookup:
+    gradients = torch.take_along_dim(part.gradients, order[:, None, :, None], dim=2)
+    if isinstance(part, Lookup):
+        return replace(part, ids=part.ids.gather(1, order), gradients=gradients)
+    inputs = torch.take_along_dim(part.inputs, order[:, :, None], dim=1)
+    return replace(part, inputs=inputs, gradients=gradients)
+
+
+def _drop_columns(part: Product) -> Product:
+    if part.transposed or part.rows is not None or part.gradients.shape[-1] < _COLUMN_SEARCH:
+        return part
+    rows = (part.gradients != 0).flatten(0, 2).any(0).nonzero().squeeze(1)
+    if len(rows) > part.gradients.shape[-1] // 2:
+        return part
+    return replace(part, gradients=part.gradients[..., rows].contiguous(), rows=rows)
+
+
+def join_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Uses of one parameter by one layer, those of a kind joined along their tokens.
+
+    Σ over calls of Σ_t b_t ⊗ a_t is one sum over all tokens, so a layer that runs several times
+    in a forward pass (ALBERT) is a layer with more tokens.
+    """
+    products = [p for p in parts if isinstance(p, Product) and not p.transposed]
+    turned = [p for p in parts if isinstance(p, Product) and p.transposed]
+    lookups = [p for p in parts if isinstance(p, Lookup)]
+    rows = [p for p in parts if isinstance(p, Rows)]
+    joined: list[Part] = [_cat_products(same, along_tokens=True) for same in (products, turned) if same]
+    if lookups:
+        ids = torch.cat([p.ids for p in lookups], dim=1)
+        joined.append(Lookup(ids, torch.cat([p.gradients for p in lookups], dim=2)))
+    if rows:
+        joined.append(replace(rows[0], gradients=torch.stack([p.gradients for p in rows]).sum(0)))
+    return tuple(joined)
+
+
+def join_examples(found: Sequence[tuple[Part, ...]], counts: Sequence[int]) -> tuple[Part, ...]:
+    """One parameter's parts of several captures, along examples.
+
+    Shorter captures are filled up with tokens of zero gradient, and captures that lack a kind of
+    part (an expert that no token chose) with a part of zeros.
+
+    Args:
+        found: what `join_calls` gave, by capture.
+        counts: examples by capture.
+    """
+    patterns = {_kind(part): part for parts in found for part in parts}
+    by_capture = [{_kind(part): part for part in parts} for parts in found]
+    return tuple(
+        _cat_examples([own.get(kind) or _zeros(pattern, n) for own, n in zip(by_capture, counts)])
+        for kind, pattern in patterns.items()
+    )
+
+
+def _kind(part: Part) -> tuple[type, bool]:
+    return type(part), isinstance(part, Product) and part.transposed
+
+
+def _zeros(part: Part, n: int) -> Part:
+    gradients = part.gradients
+    if isinstance(part, Rows):
+        return replace(part, gradients=gradients.new_zeros((n, *gradients.shape[1:])))
+    gradients = gradients.new_zeros((n, gradients.shape[1], 0, gradients.shape[3]))
+    if isinstance(part, Lookup):
+        return replace(part, ids=part.ids.new_zeros((n, 0)), gradients=gradients)
+    inputs = part.inputs.new_zeros((n, 0, part.inputs.shape[2]))
+    return replace(part, inputs=inputs, gradients=gradients)
+
+
+def _cat_examples(parts: Sequence[Part]) -> Part:
+    products = [p for p in parts if isinstance(p, Product)]
+    if products:
+        return _cat_products(products, along_tokens=False)
+    lookups = [p for p in parts if isinstance(p, Lookup)]
+    if not lookups:
+        return replace(parts[0], gradients=torch.cat([part.gradients for part in parts]))
+    t = max(part.ids.shape[1] for part in lookups)
+    return Lookup(
+        torch.cat([_pad(part.ids, t, dim=1) for part in lookups]),
+        torch.cat([_pad(part.gradients, t, dim=2) for part in lookups]),
+    )
+
+
+def _cat_products(parts: Sequence[Product], *, along_tokens: bool) -> Product:
+    parts = _on_same_rows(parts)
+    if along_tokens:
+        inputs = torch.cat([p.inputs for p in parts], dim=1)
+        gradients = torch.cat([p.gradients for p in parts], dim=2)
+    else:
+        t = max(p.inputs.shape[1] for p in parts)
+        inputs = torch.cat([_pad(p.inputs, t, dim=1) for p in parts])
+        gradients = torch.cat([_pad(p.gradients, t, dim=2) for p in parts])
+    return replace(parts[0], inputs=inputs, gradients=gradients)
+
+
+def _on_same_rows(parts: Sequence[Product]) -> Sequence[Product]:
+    """Products whose outputs are the same rows of the parameter: the union of all of them."""
+    known = [p.rows for p in parts if p.rows is not None]
+    if len(known) == len(parts):
+        if all(torch.equal(rows, known[0]) for rows in known):
+            return parts
+        union: Tensor | None = torch.unique(torch.cat(known))
+    elif not known:
+        return parts
+    else:
+        union = None
+    return [_spread_rows(p, union, parts) for p in parts]
+
+
+def _spread_rows(part: Product, union: Tensor | None, parts: Sequence[Product]) -> Product:
+    if part.rows is None:
+        return part
+    if union is None:
+        num_outputs = next(p.gradients.shape[-1] for p in parts if p.rows is None)
+        place = part.rows
+    else:
+        num_outputs = len(union)
+        place = torch.searchsorted(union, part.rows)
+    gradients = part.gradients.new_zeros((*part.gradients.shape[:-1], num_outputs))
+    gradients[..., place] = part.gradients
+    return replace(part, gradients=gradients, rows=union)
+
+
+def _pad(tensor: Tensor, length: int, *, dim: int) -> Tensor:
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)

@@ -1,0 +1,117 @@
+"""Gradients of one example at a time, by plain autograd: where no rule applies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raykernel.ntk.factors import Rows, accumulator
+
+Batch = dict[str, Tensor]
+Readout = Callable[[nn.Module, Batch], Tensor]
+
+
+def module_gradients(
+    module: nn.Module,
+    names: Sequence[str],
+    inputs: tuple[Any, ...],
+    options: Mapping[str, Any],
+    gradients: Sequence[Tensor],
+    num_examples: int,
+) -> dict[str, Rows]:
+    """A module's own parameters' gradients, from its inputs and the gradient of its output.
+
+    Args:
+        module: a module without children.
+        names: parameters, as the module names them.
+        inputs: its positional inputs; tensors whose leading dimension is n are cut by example.
+        options: its named inputs, cut in the same way.
+        gradients: of each of the c outputs, (n, ...).
+        num_examples: n.
+
+    Returns:
+        (n, c, p) by parameter name.
+    """
+    theta = {name: module.get_parameter(name).detach().requires_grad_() for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for i in range(num_examples):
+        own = tuple(_example(value, i, num_examples) for value in inputs)
+        named = {key: _example(value, i, num_examples) for key, value in options.items()}
+        with torch.enable_grad():
+            output = torch.func.functional_call(module, theta, own, named)
+        cut = [_example(gradient, i, num_examples) for gradient in gradients]
+        for name, rows in zip(names, _rows(output, list(theta.values()), cut), strict=True):
+            found[name].append(rows)
+    return {name: _stack(rows, theta[name].shape) for name, rows in found.items()}
+
+
+def model_gradients(
+    model: nn.Module, readout: Readout, batch: Batch, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Rows]:
+    """Some parameters' gradients through the whole model, one example at a time.
+
+    Exact for any use of a parameter, at the cost of n forward and n·c backward passes.
+
+    Args:
+        model: the network; none of its parameters need a gradient.
+        readout: logits (n, c) of a batch.
+        batch: the examples.
+        parameters: by name.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    with requiring_gradients(parameters.values()):
+        for i in range(num_examples(batch)):
+            logits = readout(model, example(batch, i))[0]
+            rows = _rows(logits, list(parameters.values()), list(torch.eye(len(logits)).to(logits)))
+            for name, row in zip(parameters, rows, strict=True):
+                found[name].append(row)
+    return {name: _stack(rows, parameters[name].shape) for name, rows in found.items()}
+
+
+class requiring_gradients:  # noqa: N801 - reads as a statement
+    """Context in which exactly these parameters need a gradient."""
+
+    def __init__(self, parameters: Any) -> None:
+        self._parameters = list(parameters)
+
+    def __enter__(self) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+
+    def __exit__(self, *error: object) -> None:
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+
+
+def num_examples(batch: Batch) -> int:
+    """Leading dimension of a batch."""
+    return next(iter(batch.values())).shape[0]
+
+
+def example(batch: Batch, index: int) -> Batch:
+    """A batch of one."""
+    return {key: value[index : index + 1] for key, value in batch.items()}
+
+
+def _example(value: Any, index: int, count: int) -> Any:
+    whole = count == 1 or not isinstance(value, Tensor) or value.dim() == 0
+    return value if whole or value.shape[0] != count else value[index : index + 1]
+
+
+def _rows(output: Tensor, theta: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """Gradients (c, p) of each parameter."""
+    if not output.requires_grad:
+        return [t.new_zeros((len(gradients), t.numel())) for t in theta]
+    by_output = [
+        torch.autograd.grad(output, theta, gradient, retain_graph=True, materialize_grads=True)
+        for gradient in gradients
+    ]
+    return [torch.stack([g.flatten() for g in grads]) for grads in zip(*by_output, strict=True)]
+
+
+def _stack(rows: list[Tensor], shape: torch.Size) -> Rows:
+    gradients = torch.stack(rows)
+    return Rows(gradients.to(accumulator(gradients.dtype)), shape[0] if shape else 1)
