@@ -1,1 +1,1 @@
-"""Kernels and results as Arrow files."""
+"""Kernel blocks and result rows in Arrow files: which are missing, whole, and what they sum to."""

@@ -1,0 +1,121 @@
+"""Files that exist whole or not at all.
+
+A file is written under a temporary name in its own folder, synced and renamed: its existence is
+the commit. A crash leaves at most a temporary, whose name begins with a dot, so that no Arrow
+reader takes it for data. The folder itself is not synced: a rename lost in a power cut means one
+block computed again, and syncing would double the cost of every write.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from raykernel.errors import InputError, StorageFullError
+
+_SUFFIX = ".tmp"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+
+STALE_SECONDS = 3600.0
+"""Age from which a temporary counts as left behind: no write takes nearly as long."""
+
+
+def commit(path: Path, payload: bytes | memoryview) -> int:
+    """Write a file at once; an older file of this name is replaced.
+
+    Args:
+        path: the file; its folder exists.
+        payload: the whole content.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        StorageFullError: if the device or a quota is full; nothing half-written remains.
+        InputError: if the folder cannot be written to.
+        OSError: for any other failure of the device.
+    """
+    num_bytes = len(payload)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        _explain(error, path, num_bytes)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something went wrong
+    return num_bytes
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents unless they exist.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        OSError: for failures that have no better name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _explain(error, path, 0)
+
+
+def _explain(error: OSError, path: Path, num_bytes: int) -> NoReturn:
+    """Raise what a failed write means to the user.
+
+    Args:
+        error: what the operating system said.
+        path: the file or folder being written.
+        num_bytes: bytes that the write needed.
+
+    Raises:
+        StorageFullError: if there is no space.
+        InputError: if writing is not allowed there.
+    """
+    if error.errno in _FULL:
+        raise StorageFullError(
+            f"{path}: no space left for {num_bytes:,} bytes ({error.strerror}); nothing "
+            f"half-written remains. Free space or raise the quota, then run the same command "
+            f"again: what is stored is not computed twice."
+        ) from error
+    if error.errno in _REFUSED:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}). Expected a folder that this user may "
+            f"write to. Choose another with store.path=FOLDER, or change its permissions."
+        ) from error
+    raise error
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the file is one that `commit` has not finished."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
+def stale_temporaries(root: Path, *, older_than_seconds: float = STALE_SECONDS) -> Iterator[Path]:
+    """Temporaries that no running process can still be writing.
+
+    Args:
+        root: folder searched with all below it.
+        older_than_seconds: age from which one counts as left behind.
+
+    Yields:
+        Their paths.
+    """
+    for path in sorted(root.rglob(f".*{_SUFFIX}")):
+        try:
+            age_seconds = time.time() - path.stat().st_mtime
+        except FileNotFoundError:  # renamed meanwhile: its writer is alive
+            continue
+        if age_seconds > older_than_seconds:
+            yield path

@@ -1,0 +1,398 @@
+"""One stored kernel: its identity, examples, logits, and a file per block.
+
+    kernels/<fingerprint>/
+      identity.json              what decides the numbers; written first
+      examples.arrow             one row per example, train first
+      logits-<iiii>.arrow        one per row block: the initial logits, float64
+      block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
+      head.arrow                 linear head, where there is one
+      result-<key>.parquet       result rows (results.py)
+
+Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
+A block written twice holds the same numbers, so nobody locks and nobody waits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float
+
+from raykernel.config import Json
+from raykernel.errors import BlockCorruptError, InputError, KernelIncompleteError, nearest
+from raykernel.store import arrowfile, blockfile
+from raykernel.store.arrowfile import ArrowFile
+from raykernel.store.blockfile import Block, Kernels, Names, block_name, logits_name
+from raykernel.store.grid import Cell, Grid
+from raykernel.store.groups import select_groups
+from raykernel.store.manifest import Manifest
+from raykernel.store.pieces import Place, entries, place
+
+
+@dataclass(frozen=True)
+class KernelHandle:
+    """A kernel of a store, to be completed and read. Reopen it with `Store(path).open(…)`."""
+
+    path: Path
+    manifest: Manifest
+    _checked: set[tuple[Path, int, int]] = field(default_factory=set, repr=False, compare=False)
+    # Files (with inode and time) whose checksum this process has compared: once is enough.
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the kernel in its store."""
+        return self.path.name
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What decides the kernel's numbers."""
+        return self.manifest.identity
+
+    @property
+    def grid(self) -> Grid:
+        """How the kernel is cut."""
+        return self.manifest.grid
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs c of the model."""
+        return self.manifest.num_outputs
+
+    # ------------------------------------------------------------ what is there
+
+    def missing(self) -> list[Cell]:
+        """Cells without block file, or whose row block has no logits, in the grid's order."""
+        present = self._present()
+        return [
+            cell
+            for cell in self.grid.cells()
+            if block_name(cell.i, cell.j) not in present or logits_name(cell.i) not in present
+        ]
+
+    def kinds(self) -> list[str]:
+        """Kinds of kernel stored."""
+        return list(dict.fromkeys(kind for kind, _ in self._names()))
+
+    def groups(self, kind: str = "sgd") -> list[str]:
+        """Layer groups stored for a kind, cross groups included, in forward order.
+
+        Args:
+            kind: kind of kernel.
+
+        Returns:
+            Their names.
+        """
+        return _groups_of(self._names(), kind)
+
+    def examples(self) -> pa.Table:
+        """The examples, train first, as the table that was handed in."""
+        return self._read("examples.arrow").table.replace_schema_metadata(None)
+
+    # ------------------------------------------------------------ writing
+
+    def write_block(
+        self, cell: Cell, kernels: Kernels, provenance: Mapping[str, Json] | None = None
+    ) -> int:
+        """Commit the block of one cell.
+
+        Args:
+            cell: the cell.
+            kernels: block of every layer group, by kind.
+            provenance: `seconds`, `peak_memory_bytes` and versions, as the worker knows them;
+                host, process, time and the versions of raykernel and pyarrow are added.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ValueError: if a block has another shape than the cell, or more precision than the
+                kernel stores.
+        """
+        try:
+            table = blockfile.to_table(kernels, self._shape(cell), self.manifest.dtype)
+        except ValueError as error:
+            raise ValueError(f"block ({cell.i}, {cell.j}): {error}") from error
+        header: dict[str, Json] = self._header(cell.i, cell.rows) | {
+            "j": cell.j,
+            "col0": cell.cols.start,
+            "col1": cell.cols.stop,
+            "kinds": list(kernels),
+            "num_groups": max(len(blocks) for blocks in kernels.values()),
+            "dtype": self.manifest.dtype,
+            "provenance": blockfile.provenance(provenance or {}),
+        }
+        return arrowfile.write(self.path / block_name(cell.i, cell.j), table, header)
+
+    def write_logits(self, rows: range, logits: Float[np.ndarray, "n c"]) -> int:
+        """Commit the initial logits of one row block.
+
+        Args:
+            rows: examples of the row block.
+            logits: their logits; kept in float64, so that float32 logits come back exactly.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ValueError: if `rows` is no row block or the shape is another.
+        """
+        blocks = self.grid.row_blocks()
+        if rows not in blocks or logits.shape != (len(rows), self.num_outputs):
+            raise ValueError(f"logits of {rows}: found shape {logits.shape}, no row block's")
+        i = blocks.index(rows)
+        table = pa.table(
+            {"example": pa.array(rows, pa.int64()), "logits": arrowfile.lists(logits, "f8")}
+        )
+        return arrowfile.write(self.path / logits_name(i), table, self._header(i, rows))
+
+    def write_head(self, weight: Float[np.ndarray, "c d"], bias: Float[np.ndarray, " c"]) -> int:
+        """Commit the linear head that theta_0 was given; kept in float32.
+
+        Args:
+            weight: its weight.
+            bias: its bias.
+
+        Returns:
+            Bytes written.
+        """
+        table = pa.table(
+            {"weight": arrowfile.lists(weight, "f4"), "bias": arrowfile.lists(bias[:, None], "f4")}
+        )
+        return arrowfile.write(self.path / "head.arrow", table, {"fingerprint": self.fingerprint})
+
+    # ------------------------------------------------------------ reading
+
+    def read_head(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Weight (c, d) and bias (c,) in float32, or None if no head is stored."""
+        try:
+            table = self._read("head.arrow").table
+        except FileNotFoundError:
+            return None
+        weight, bias = arrowfile.values(table["weight"]), arrowfile.values(table["bias"])
+        return weight.copy(), bias[:, 0].copy()
+
+    def logits(self) -> Float[np.ndarray, "num_rows c"]:
+        """Initial logits of all examples, in their order.
+
+        Returns:
+            The logits in float64.
+
+        Raises:
+            KernelIncompleteError: if those of some row block are missing.
+        """
+        blocks, present = self.grid.row_blocks(), self._present()
+        absent = sum(logits_name(i) not in present for i in range(len(blocks)))
+        if absent:
+            raise self._incomplete(f"the logits of {absent} of {len(blocks)} row blocks")
+        return np.concatenate([self.read_logits(i) for i in range(len(blocks))])
+
+    def kernel(
+        self,
+        groups: Sequence[str] | None = None,
+        *,
+        kind: str = "sgd",
+        rows: range | None = None,
+        cols: range | None = None,
+        layers_to_transform: Sequence[int] | None = None,
+        target_modules: Sequence[str] | None = None,
+    ) -> Float[np.ndarray, "n c m c"]:
+        """The kernel of chosen layer groups: the sum of their stored blocks.
+
+            K_S[i, a, j, b] = Σ_{l ∈ S} K_l[i, a, j, b]
+
+        Summed in float64, group after group in stored order, so that the result is the same to
+        the bit whatever the block size, the order of `groups` or the rectangle asked for.
+
+        Args:
+            groups: names or regular expressions, see `select_groups`; None: all.
+            kind: kind of kernel.
+            rows: consecutive row examples; None: all.
+            cols: consecutive column (train) examples; None: all.
+            layers_to_transform: transformer layers, as in PEFT.
+            target_modules: ends of module paths, as in PEFT.
+
+        Returns:
+            The kernel, in memory of its own.
+        """
+        stored = self.groups(kind)
+        chosen = select_groups(
+            stored,
+            groups=groups,
+            layers_to_transform=layers_to_transform,
+            target_modules=target_modules,
+        )
+        row_by_group = {name: row for row, name in enumerate(stored)}
+        rows, cols = self._rectangle(rows, cols)
+        result = self._zeros(rows, cols)
+        for at, blocks in self._pieces(kind, rows, cols):
+            total = result[at]
+            for name in chosen:
+                total += blocks[row_by_group[name]]
+        return result
+
+    def group_kernels(
+        self,
+        groups: Sequence[str] | None = None,
+        *,
+        kind: str = "sgd",
+        rows: range | None = None,
+        cols: range | None = None,
+    ) -> Iterator[tuple[str, Float[np.ndarray, "n c m c"]]]:
+        """The kernel of each layer group by itself; every file is opened and checked once.
+
+        Args:
+            groups: names or regular expressions, see `select_groups`; None: all.
+            kind: kind of kernel.
+            rows: consecutive row examples; None: all.
+            cols: consecutive column (train) examples; None: all.
+
+        Yields:
+            (group, its kernel in float64), cross groups of the selection included.
+        """
+        stored = self.groups(kind)
+        rows, cols = self._rectangle(rows, cols)
+        pieces = list(self._pieces(kind, rows, cols))
+        for name in select_groups(stored, groups=groups):
+            result = self._zeros(rows, cols)
+            for at, blocks in pieces:
+                result[at] = blocks[stored.index(name)]
+            yield name, result
+
+    def read_block(self, cell: Cell) -> Block:
+        """One checked block.
+
+        Args:
+            cell: the cell.
+
+        Returns:
+            The block, memory-mapped.
+
+        Raises:
+            BlockCorruptError: if the file is not this cell's block.
+            FileNotFoundError: if the block is missing.
+        """
+        name = block_name(cell.i, cell.j)
+        header, table = self._read_own(name, cell.i, cell.rows)
+        columns = (header.get("j"), header.get("col0"), header.get("col1"))
+        if columns != (cell.j, cell.cols.start, cell.cols.stop):
+            raise BlockCorruptError(
+                arrowfile.damage(self.path / name, f"columns {columns} of another cell")
+            )
+        block = blockfile.from_table(table)
+        if block.values.shape[1:] != self._shape(cell) or block.values.dtype != self.manifest.dtype:
+            found = f"{block.values.dtype} {block.values.shape[1:]}"
+            raise BlockCorruptError(
+                arrowfile.damage(
+                    self.path / name,
+                    f"{found} instead of {self.manifest.dtype} {self._shape(cell)}",
+                )
+            )
+        return block
+
+    def read_logits(self, i: int) -> Float[np.ndarray, "n c"]:
+        """Checked logits of one row block.
+
+        Args:
+            i: the row block.
+
+        Returns:
+            The logits in float64, memory-mapped.
+
+        Raises:
+            BlockCorruptError: if the file is not this row block's.
+            FileNotFoundError: if it is missing.
+        """
+        rows = self.grid.row_block(i)
+        _, table = self._read_own(logits_name(i), i, rows)
+        logits: np.ndarray = arrowfile.values(table["logits"])
+        if logits.shape != (len(rows), self.num_outputs):
+            raise BlockCorruptError(
+                arrowfile.damage(self.path / logits_name(i), f"shape {logits.shape}")
+            )
+        return logits
+
+    # ------------------------------------------------------------ inside
+
+    def _pieces(
+        self, kind: str, rows: range, cols: range
+    ) -> Iterator[tuple[Place, Float[np.ndarray, "groups n c m c"]]]:
+        pieces = list(self.grid.pieces(rows, cols))
+        present = self._present()
+        cells = {(piece.cell.i, piece.cell.j) for piece in pieces}
+        absent = sum(block_name(i, j) not in present for i, j in cells)
+        if absent:
+            raise self._incomplete(f"{absent} of the {len(cells)} blocks needed")
+        names: Names | None = None
+        for piece in pieces:
+            block = self.read_block(piece.cell)
+            names = names or block.names
+            if block.names != names:
+                path = self.path / block_name(piece.cell.i, piece.cell.j)
+                raise BlockCorruptError(
+                    arrowfile.damage(path, "other layer groups than the other blocks")
+                )
+            yield place(piece, rows, cols), entries(piece, block.of_kind(kind))
+
+    def _read(self, name: str) -> ArrowFile:
+        path = self.path / name
+        status = path.stat()
+        key = (path, status.st_ino, status.st_mtime_ns)
+        file = arrowfile.read(path, check=key not in self._checked)
+        self._checked.add(key)
+        return file
+
+    def _read_own(self, name: str, i: int, rows: range) -> tuple[dict[str, Any], pa.Table]:
+        """A file of this kernel and row block, or an error: files may have been copied around."""
+        file = self._read(name)
+        found = {key: file.header.get(key) for key in ("fingerprint", "i", "row0", "row1")}
+        expected = self._header(i, rows)
+        if found != expected:
+            raise BlockCorruptError(
+                arrowfile.damage(self.path / name, f"it is of {found}, not of {expected}")
+            )
+        return file.header, file.table
+
+    def _header(self, i: int, rows: range) -> dict[str, Json]:
+        return {"fingerprint": self.fingerprint, "i": i, "row0": rows.start, "row1": rows.stop}
+
+    def _names(self) -> Names:
+        present = self._present()
+        for cell in self.grid.cells():
+            if block_name(cell.i, cell.j) in present:
+                return self.read_block(cell).names
+        raise self._incomplete(f"all {self.grid.num_cells} blocks")
+
+    def _present(self) -> set[str]:
+        return {entry.name for entry in os.scandir(self.path)}
+
+    def _shape(self, cell: Cell) -> tuple[int, int, int, int]:
+        return (len(cell.rows), self.num_outputs, len(cell.cols), self.num_outputs)
+
+    def _rectangle(self, rows: range | None, cols: range | None) -> tuple[range, range]:
+        every_row, every_col = range(self.grid.num_rows), range(self.grid.num_cols)
+        return every_row if rows is None else rows, every_col if cols is None else cols
+
+    def _zeros(self, rows: range, cols: range) -> Float[np.ndarray, "n c m c"]:
+        return np.zeros((len(rows), self.num_outputs, len(cols), self.num_outputs))
+
+    def _incomplete(self, what: str) -> KernelIncompleteError:
+        return KernelIncompleteError(
+            f"kernel {self.fingerprint}: found a kernel without {what}, expected all of them. "
+            f"Run `raykernel kernel` with its configuration to compute what is missing."
+        )
+
+
+def _groups_of(names: Names, kind: str) -> list[str]:
+    groups = [group for stored, group in names if stored == kind]
+    if not groups:
+        stored = {stored for stored, _ in names}
+        raise InputError(
+            f"kind: found {kind!r}, expected a stored kind of kernel; {nearest(kind, stored)}"
+        )
+    return groups

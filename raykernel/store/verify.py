@@ -1,0 +1,161 @@
+"""Whether every file of a store is whole and belongs where it lies."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raykernel.errors import BlockCorruptError, InputError
+from raykernel.store import manifest
+from raykernel.store.arrowfile import damage, read
+from raykernel.store.blockfile import Names
+from raykernel.store.blocks import Store, open_store
+from raykernel.store.commit import stale_temporaries
+from raykernel.store.kernels import KernelHandle
+from raykernel.store.results import TABLES, read_row_file
+
+_BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
+_LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
+
+
+@dataclass(frozen=True, slots=True)
+class BadFile:
+    """A file that cannot be trusted."""
+
+    path: Path
+    reason: str
+    removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a check of a store found."""
+
+    num_kernels: int
+    num_files: int
+    """Files checked."""
+    bad: tuple[BadFile, ...]
+    leftovers: tuple[Path, ...]
+    """Temporaries of writers that died; removed where removal was asked for."""
+    num_missing: int
+    """Blocks still to compute, after removal."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing bad remains."""
+        return all(file.removed for file in self.bad)
+
+
+def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
+    """Check every checksum, manifest and shape of a store.
+
+    Args:
+        path: folder of the store.
+        remove: delete what is damaged, so that the next run computes it again, and temporaries
+            too old to have a living writer. Files of a newer format or unknown name stay.
+
+    Returns:
+        The report.
+    """
+    store = open_store(path)
+    num_files = 0
+    bad: list[BadFile] = []
+    folders = sorted(folder for folder in (store.path / "kernels").glob("*") if folder.is_dir())
+    for folder in folders:
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        num_files += len(files)
+        for file, reason, replaceable in _problems(store, folder, files):
+            if remove and replaceable:
+                file.unlink(missing_ok=True)
+            bad.append(BadFile(file, reason, remove and replaceable))
+    leftovers = tuple(stale_temporaries(store.path))
+    for leftover in leftovers if remove else ():
+        leftover.unlink(missing_ok=True)
+    return VerifyReport(len(folders), num_files, tuple(bad), leftovers, _num_missing(store))
+
+
+def _problems(store: Store, folder: Path, files: list[Path]) -> Iterator[tuple[Path, str, bool]]:
+    """Bad files of one kernel: (path, reason, whether a run would write it again)."""
+    if not files:  # begun and killed at once: the next run continues
+        return
+    try:
+        stored = manifest.read(folder)
+        if stored.fingerprint != folder.name:
+            raise BlockCorruptError(
+                damage(folder / manifest.NAME, f"identity of kernel {stored.fingerprint}")
+            )
+    except FileNotFoundError:
+        yield folder / manifest.NAME, "missing, so that the other files cannot be checked", False
+        return
+    except InputError as error:
+        yield folder / manifest.NAME, _reason(error, folder / manifest.NAME), _damaged(error)
+        return
+    handle = KernelHandle(folder, stored)
+    names_by_file: dict[Path, Names] = {}
+    for file in files:
+        try:
+            names = _check(handle, file)
+        except InputError as error:
+            yield file, _reason(error, file), _damaged(error)
+        else:
+            if names is not None:
+                names_by_file[file] = names
+    yield from _odd_groups(names_by_file)
+
+
+def _check(handle: KernelHandle, file: Path) -> Names | None:
+    """Read one file as a run would; names of its rows if it is a block."""
+    grid = handle.grid
+    if match := _BLOCK.fullmatch(file.name):
+        try:
+            cell = grid.cell(int(match[1]), int(match[2]))
+        except IndexError as error:
+            raise BlockCorruptError(damage(file, str(error))) from error
+        return handle.read_block(cell).names
+    if match := _LOGITS.fullmatch(file.name):
+        if int(match[1]) >= grid.num_row_blocks:
+            raise BlockCorruptError(damage(file, f"the grid has {grid.num_row_blocks} row blocks"))
+        handle.read_logits(int(match[1]))
+    elif file.name == "examples.arrow":
+        if handle.examples().num_rows != grid.num_rows:
+            raise BlockCorruptError(damage(file, f"expected {grid.num_rows} examples"))
+    elif file.name == "head.arrow":
+        read(file, check=True)
+    elif file.match("result-*.parquet"):
+        read_row_file(file, TABLES["kernels"].schema)
+    elif file.name != manifest.NAME:
+        raise InputError("no file of a store; move it elsewhere")
+    return None
+
+
+def _odd_groups(names_by_file: dict[Path, Names]) -> Iterator[tuple[Path, str, bool]]:
+    """Blocks whose rows differ from most others': they cannot be summed with them."""
+    counts = Counter(tuple(names) for names in names_by_file.values())
+    if len(counts) < 2:
+        return
+    usual, _ = counts.most_common(1)[0]
+    for file, names in names_by_file.items():
+        if tuple(names) != usual:
+            reason = f"{len(names)} rows, other layer groups than most blocks ({len(usual)} rows)"
+            yield file, reason, True
+
+
+def _damaged(error: InputError) -> bool:
+    return isinstance(error, BlockCorruptError)
+
+
+def _reason(error: InputError, file: Path) -> str:
+    return str(error).removeprefix(f"{file}: ").split(". Expected")[0]
+
+
+def _num_missing(store: Store) -> int:
+    count = 0
+    for name in store.fingerprints():
+        try:
+            count += len(store.open(name).missing())
+        except InputError:  # its manifest is among the bad files
+            continue
+    return count
