@@ -16,7 +16,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raykernel.errors import InputError
 from raykernel.terms import (
@@ -32,7 +32,10 @@ from raykernel.terms import (
     Source,
 )
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+if TYPE_CHECKING:
+    Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+else:  # the run-time type checker of the tests cannot resolve a recursive alias
+    Json = None | bool | int | float | str | list | dict
 
 
 @dataclass
