@@ -1,0 +1,388 @@
+"""The stages of a run, one short function each.
+
+    config → examples → prompts → identity → store.missing() → workers → K → solver → result
+
+The driver holds no model and no gradient; it sends block indices to workers and reads finished
+blocks from the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raykernel.analysis.regression import RegressionResult, SplitData, kernel_regression
+from raykernel.compute.executor import open_executor
+from raykernel.compute.worker import WorkerSpec
+from raykernel.config import Json, RunConfig, canonical_json, fingerprint, plain
+from raykernel.console import Screen, duration, size
+from raykernel.errors import InputError, StoreMismatchError
+from raykernel.problem.models import load_tokenizer, max_positions, model_identity, prepare_model
+from raykernel.problem.probe import fit_head
+from raykernel.problem.prompts import Encoded, Prompt, encode, resolve_prompt
+from raykernel.problem.tasks import Data, load_data
+from raykernel.store.grid import Grid
+from raykernel.store.kernels import KernelHandle, Store
+from raykernel.terms import Architecture, Kind, Precision, PromptStyle, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run whose input is known to be right: nothing expensive has happened yet."""
+
+    config: RunConfig
+    data: Data
+    prompt: Prompt
+    encoded: Encoded
+    grid: Grid
+    identity: dict[str, Json]
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the kernel in the store."""
+        return fingerprint(self.identity)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What it took to complete a kernel."""
+
+    blocks_total: int
+    blocks_computed: int
+    seconds: float
+    peak_memory_bytes: int
+    """Largest resident memory of a worker, 0 if none worked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything that `raykernel kernel` reports."""
+
+    prepared: Prepared
+    completion: Completion
+    results: dict[Kind, RegressionResult]
+    store_path: str
+    store_bytes: int
+
+
+def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Outcome:
+    """Complete a kernel's blocks, solve kernel regression, keep the results.
+
+    Args:
+        config: the run.
+        overrides: the command line that made it, kept with the results.
+        screen: where progress is shown.
+
+    Returns:
+        Scores and costs.
+    """
+    prepared = prepare(config, screen)
+    handle = open_kernel(prepared)
+    completion = complete(prepared, handle, screen)
+    results = solve(prepared, handle)
+    store = Store(config.store.path)
+    for kind, result in results.items():
+        store.write_result("kernels", result_row(prepared, completion, kind, result, overrides))
+    return Outcome(prepared, completion, results, config.store.path, handle.num_bytes())
+
+
+def prepare(config: RunConfig, screen: Screen) -> Prepared:
+    """Examples, prompts and identity of a run; every check that needs no model weights.
+
+    Args:
+        config: the run.
+        screen: where downloads are shown.
+
+    Returns:
+        The checked input of the run.
+
+    Raises:
+        InputError: if configuration, data, template or model name are wrong.
+    """
+    if config.prompt.style is not PromptStyle.none:
+        if config.model.architecture is Architecture.encoder:
+            raise InputError(
+                f"model {config.model.name!r} is an encoder without a language-model head, so it "
+                "answers no prompt. Use prompt=none (a linear head), or another model."
+            )
+    data = load_data(config.task)
+    prompt = resolve_prompt(config.task, config.prompt, data.labels)
+    with screen.stage(f"Preparing {config.model.name}"):
+        prepare_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    encoded = encode(
+        data,
+        prompt,
+        config.task,
+        tokenizer,
+        config.model.architecture,
+        max_positions(config.model),
+    )
+    for note in (*data.notes, *encoded.notes):
+        screen.say(f"Note: {note}")
+    if encoded.truncated:
+        screen.say(
+            f"Note: {encoded.truncated} of {len(data.examples)} texts are cut to fit "
+            f"{config.task.max_length} tokens (task.max_length)."
+        )
+    grid = Grid(
+        num_cols=len(data.splits[Split.train]),
+        num_rows=len(data.examples),
+        block_size=config.kernel.block_size,
+    )
+    return Prepared(config, data, prompt, encoded, grid, identity_of(config, data, prompt, encoded))
+
+
+def identity_of(
+    config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded
+) -> dict[str, Json]:
+    """What decides the kernel's numbers, and nothing else.
+
+    The examples and tokens enter by hash; the few settings behind them stand in the open, so
+    that two kernels can be compared field by field.
+    """
+    task = config.task
+    tokens = [encoded.input_ids, encoded.token_type_ids, encoded.position, encoded.label_ids]
+    return {
+        "task": {
+            "name": task.name,
+            "labels": list(data.labels),
+            "k": task.k,
+            "seed": task.seed,
+            "max_length": task.max_length,
+            "num_test": len(data.splits[Split.test]),
+            "examples": data.fingerprint,
+        },
+        "prompt": {
+            "style": config.prompt.style.value,
+            "template": prompt.template,
+            "words": list(prompt.words),
+            "tokens": hashlib.sha256(canonical_json(tokens).encode()).hexdigest()[:16],
+        },
+        "model": model_identity(config.model),
+        "parameters": plain(config.parameters),
+        "kernel": plain(config.kernel),
+    }
+
+
+def open_kernel(prepared: Prepared) -> KernelHandle:
+    """The kernel's place in the store, made if it is new.
+
+    Args:
+        prepared: the run.
+
+    Returns:
+        A handle on the kernel's blocks.
+
+    Raises:
+        StoreMismatchError: if `store.kernel` asks for another kernel.
+    """
+    config = prepared.config.store
+    store = Store(config.path)
+    if config.kernel is not None and not prepared.fingerprint.startswith(config.kernel):
+        wanted = store.open(config.kernel).identity
+        raise StoreMismatchError.of_fields(wanted, prepared.identity, config.kernel)
+    return store.begin(
+        prepared.identity,
+        grid=prepared.grid,
+        num_outputs=len(prepared.data.labels),
+        examples=example_table(prepared.data),
+    )
+
+
+def example_table(data: Data) -> pa.Table:
+    """Ids, splits and labels of the kernel's rows, in order."""
+    split_of = {i: split.value for split, indices in data.splits.items() for i in indices}
+    return pa.table(
+        {
+            "index": pa.array(range(len(data.examples)), pa.int64()),
+            "id": [example.id for example in data.examples],
+            "split": [split_of[i] for i in range(len(data.examples))],
+            "label": [data.labels[example.label] for example in data.examples],
+        }
+    )
+
+
+def worker_spec(prepared: Prepared) -> WorkerSpec:
+    """What a worker needs to compute blocks of this run."""
+    config = prepared.config
+    return WorkerSpec(
+        model=config.model,
+        parameters=config.parameters,
+        kernel=config.kernel,
+        compute=config.compute,
+        encoded=prepared.encoded,
+        num_labels=len(prepared.data.labels),
+        store_path=config.store.path,
+        fingerprint=prepared.fingerprint,
+    )
+
+
+def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Completion:
+    """Compute the blocks that the store lacks.
+
+    Args:
+        prepared: the run.
+        handle: its kernel.
+        screen: where progress is shown.
+
+    Returns:
+        How many blocks there are and what the new ones cost.
+    """
+    missing = handle.missing()
+    total = len(prepared.grid.cells())
+    if not missing:
+        screen.say(f"All {total} blocks are stored: computing 0 blocks.")
+        return Completion(total, 0, 0.0, 0)
+    screen.say(f"{total - len(missing)} of {total} blocks are stored: computing {len(missing)}.")
+    start, peak = time.monotonic(), 0
+    spec = worker_spec(prepared)
+    with open_executor(spec, screen.say) as executor:
+        if not prepared.encoded.label_ids and handle.read_head() is None:
+            train = prepared.data.splits[Split.train]
+            with screen.stage("Fitting the linear probe"):
+                features = executor.features(train)
+                labels = example_labels(prepared.data)[train.start : train.stop]
+                handle.write_head(*fit_head(features, labels, len(prepared.data.labels)))
+        with screen.progress("blocks", len(missing)) as advance:
+            for receipt in executor.compute(missing):
+                peak = max(peak, receipt.peak_memory_bytes)
+                advance(1)
+    return Completion(total, len(missing), time.monotonic() - start, peak)
+
+
+def example_labels(data: Data) -> np.ndarray:
+    """Label index of every example."""
+    return np.array([example.label for example in data.examples], dtype=np.int64)
+
+
+def solve(prepared: Prepared, handle: KernelHandle) -> dict[Kind, RegressionResult]:
+    """Kernel regression for each kind of kernel.
+
+    Args:
+        prepared: the run.
+        handle: its complete kernel.
+
+    Returns:
+        Selected grid point and scores by kind.
+    """
+    config, logits, labels = prepared.config, handle.logits(), example_labels(prepared.data)
+    stored = np.float64 if config.kernel.precision is Precision.float64 else np.float32
+    resolution = float(np.finfo(stored).eps) * prepared.grid.num_cols * logits.shape[1]
+    results = {}
+    for kind in config.kernel.kinds:
+        k = handle.kernel(config.solver.groups or None, kind=kind.value)
+        train, dev, test = (
+            SplitData(k[at.start : at.stop], logits[at.start : at.stop], labels[at.start : at.stop])
+            for at in (prepared.data.splits[split] for split in Split)
+        )
+        results[kind] = kernel_regression(
+            train,
+            dev,
+            test,
+            ridge=config.solver.ridge,
+            f0_scaling=config.solver.f0_scaling,
+            metric=config.task.metric,
+            resolution=resolution,
+        )
+    return results
+
+
+def result_row(
+    prepared: Prepared,
+    completion: Completion,
+    kind: Kind,
+    result: RegressionResult,
+    overrides: tuple[str, ...],
+) -> dict[str, Json]:
+    """One row of the table `kernels`."""
+    config, data = prepared.config, prepared.data
+    probe = config.prompt.style is PromptStyle.none
+    return {
+        "fingerprint": prepared.fingerprint,
+        "task": config.task.name,
+        "model": config.model.name,
+        "prompt": config.prompt.style.value,
+        "parameters": config.parameters.method.value,
+        "kind": kind.value,
+        "precision": config.kernel.precision.value,
+        "k": config.task.k,
+        "seed": config.task.seed,
+        "num_outputs": len(data.labels),
+        "num_train": len(data.splits[Split.train]),
+        "num_dev": len(data.splits[Split.dev]),
+        "num_test": len(data.splits[Split.test]),
+        "metric": config.task.metric.value,
+        "zero_shot": None if probe else result.zero_shot,
+        "linear_probe": result.zero_shot if probe else None,
+        "kernel_regression": result.test_score,
+        "dev_score": result.dev_score,
+        "ridge": result.ridge,
+        "f0_scaling": result.f0_scaling,
+        "condition_number": result.condition_number,
+        "groups": ",".join(config.solver.groups) or "all",
+        "blocks_total": completion.blocks_total,
+        "blocks_computed": completion.blocks_computed,
+        "seconds": completion.seconds,
+        "peak_memory_bytes": completion.peak_memory_bytes,
+        "overrides": " ".join(overrides),
+        "version": importlib.metadata.version("raykernel"),
+        "solver": canonical_json(config.solver),
+        "identity": canonical_json(prepared.identity),
+    }
+
+
+def show_outcome(outcome: Outcome, screen: Screen) -> None:
+    """Print scores, costs, where the blocks are, and what to try next.
+
+    Args:
+        outcome: of `kernel`.
+        screen: where to print.
+    """
+    prepared, config = outcome.prepared, outcome.prepared.config
+    probe = config.prompt.style is PromptStyle.none
+    metric = config.task.metric.value
+    rows = []
+    for kind, result in outcome.results.items():
+        if not rows:
+            before = "linear probe" if probe else "zero-shot"
+            rows.append([before, f"{result.zero_shot:.3f}", "", "", "", ""])
+        rows.append(
+            [
+                f"kernel regression ({kind.value})",
+                f"{result.test_score:.3f}",
+                f"{result.dev_score:.3f}",
+                f"{result.ridge:g}",
+                f"{result.f0_scaling:g}",
+                f"{result.condition_number:.3g}",
+            ]
+        )
+    splits = prepared.data.splits
+    screen.table(
+        ["", f"{metric} (test)", "dev", "ridge", "f0 scaling", "condition number"],
+        rows,
+        title=(
+            f"{config.task.name}, {config.model.name}, k={config.task.k}, seed {config.task.seed}: "
+            f"{len(splits[Split.train])} train, {len(splits[Split.dev])} dev, "
+            f"{len(splits[Split.test])} test"
+        ),
+    )
+    done = outcome.completion
+    screen.out.print(
+        f"{done.blocks_computed} of {done.blocks_total} blocks computed now"
+        + (f" in {duration(done.seconds)}" if done.blocks_computed else "")
+        + (f", worker peak {size(done.peak_memory_bytes)}" if done.peak_memory_bytes else "")
+        + f". Kernel {prepared.fingerprint}, {size(outcome.store_bytes)}, in {outcome.store_path}"
+    )
+    screen.out.print(
+        'Next: raykernel query "select task, model, k, seed, zero_shot, linear_probe, '
+        f'kernel_regression from kernels" --store {outcome.store_path}',
+        markup=False,
+    )
+
+

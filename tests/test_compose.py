@@ -1,0 +1,115 @@
+"""Overrides become a typed, frozen RunConfig; every mistake is an InputError that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from raykernel.compose import compose_runs, conf_dir
+from raykernel.config import RunConfig, canonical_json, differences, fingerprint, plain
+from raykernel.errors import InputError
+from raykernel.terms import PromptStyle
+
+
+def compose(*overrides: str) -> RunConfig:
+    (run,) = compose_runs("kernel", list(overrides))
+    return run.config
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+EXPERIMENTS = choices("experiment")
+
+
+@pytest.mark.parametrize("group", ["task", "model", "parameters", "kernel", "solver", "compute"])
+def test_every_choice_of_every_group_composes(group):
+    runs = compose_runs("kernel", ["-m", f"{group}={','.join(choices(group))}"])
+    assert len(runs) == len(choices(group)) > 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name):
+    assert isinstance(compose(f"experiment={name}"), RunConfig)
+
+
+def test_prompt_null_is_the_null_prompt():
+    assert compose("prompt=null").prompt.style is PromptStyle.null
+    styles = [run.config.prompt.style for run in compose_runs("kernel", ["-m", "prompt=null,none"])]
+    assert styles == [PromptStyle.null, PromptStyle.none]
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        compose().task.k = 3  # type: ignore[misc]
+
+
+def test_words_are_given_on_the_command_line_with_any_label_as_text():
+    words = compose("prompt.words={0: bad, great: good, true: yes}").prompt.words
+    assert words == {"0": "bad", "great": "good", "true": "yes"}
+
+
+def test_one_job_per_combination_in_order():
+    runs = compose_runs("kernel", ["-m", "task.k=4,8", "task.seed=13,21"])
+    assert [(r.config.task.k, r.config.task.seed) for r in runs] == [
+        (4, 13),
+        (4, 21),
+        (8, 13),
+        (8, 21),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "helps"),
+    [
+        ("task=sst3", "did you mean 'sst2' or 'sst5'"),
+        ("model=robert_base", "'roberta_base'"),
+        ("task.kk=3", "'task.k'"),
+        ("k=3", "did you mean task.k?"),
+        ("taks=sst2", "'task'"),
+        ("task.k=abc", "task.k: Value 'abc'"),
+        ("task.k=0", "task.k: found 0, expected at least 1"),
+        ("kernel.kinds=[sgdd]", "expected one of [sgd"),
+        ("prompt.style=foo", "expected one of [manual"),
+        ("lambda=0.1", "spelt `lam`"),
+        ("regularization.lambda=0.1", "spelt `lam`"),
+        ("+task.foo=1", "Unknown key 'foo'"),
+        ("task.k=1,2", "--multirun"),
+        ("prompt.template={review} It was", "inner quotes"),
+        ("solver.ridge=[-1]", "values ≥ 0"),
+        ("solver.f0_scaling=[0]", "values > 0"),
+        ("compute.workers=0", "compute.workers"),
+        ("store.path=${oc.env:THERE_IS_NO_SUCH_VARIABLE}", "THERE_IS_NO_SUCH_VARIABLE"),
+    ],
+)
+def test_a_mistake_says_what_was_expected(override, helps):
+    with pytest.raises(InputError) as caught:
+        compose(override)
+    assert helps in str(caught.value)
+
+
+def test_identity_is_one_text_per_content():
+    assert canonical_json({"b": 1.0, "a": [True, None]}) == '{"a":[true,null],"b":1.0}'
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
+    with pytest.raises(TypeError, match="no canonical"):
+        canonical_json({"a": object()})
+
+
+def test_differences_name_the_leaves():
+    found = {"task": {"k": 16, "seed": 13}, "x": 1}
+    expected = {"task": {"k": 64, "seed": 13}, "y": 2}
+    assert differences(found, expected) == [
+        ("task.k", 16, 64),
+        ("x", 1, None),
+        ("y", None, 2),
+    ]
+
+
+def test_golden_fingerprint_of_the_parts_that_decide_numbers():
+    """A change here changes the name of every stored kernel: it must be meant."""
+    config = RunConfig()
+    assert fingerprint(plain(config.kernel)) == "GOLDEN_KERNEL"
+    assert fingerprint(plain(config.parameters)) == "GOLDEN_PARAMETERS"
