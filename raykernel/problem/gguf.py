@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ def dequantized(file: Path) -> Path:
     ):
         source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         try:
-            with quiet():
+            # Its progress bar asks neither transformers' settings nor whether this is a terminal.
+            with quiet(), redirect_stderr(io.StringIO()):
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
                 module: Any = AutoModelForCausalLM.from_pretrained(
                     file.parent, dtype=torch.float32, **source

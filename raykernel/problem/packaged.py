@@ -171,7 +171,7 @@ def progress(text: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this stream, even while the body is silenced
     if console.is_terminal:
         with console.status(text):
             yield

@@ -452,23 +452,37 @@ def test_a_device_that_is_not_there_is_an_input_error(
         )
 
 
-def test_without_a_network_a_hub_name_names_the_alternatives() -> None:
-    script = (
-        "from raykernel.config import ModelConfig\n"
-        "from raykernel.errors import InputError\n"
-        "from raykernel.problem.models import check_model\n"
-        "try: check_model(ModelConfig(name='org/no-such-model'), has_prompt=True)\n"
-        "except InputError as error: print(error)\n"
-    )
+def test_without_a_network_the_hub_cache_serves_and_a_missing_name_gets_alternatives(
+    tmp_path: Path,
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--tiny"
+    save(repository / "snapshots" / commit, "bert")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    script = """
+from raykernel.config import ModelConfig
+from raykernel.errors import InputError
+from raykernel.problem.models import check_model, model_identity, prepare_model
+pinned = prepare_model(ModelConfig(name="org/tiny"))
+check_model(pinned, has_prompt=True)
+print(pinned.revision, prepare_model(pinned) == pinned, model_identity(pinned)["revision"])
+try:
+    check_model(ModelConfig(name="org/no-such-model"), has_prompt=True)
+except InputError as error:
+    print(error)
+"""
     run = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "not in the local cache" in run.stdout
-    assert "model=smollm2_135m" in run.stdout
+    first, rest = run.stdout.split("\n", 1)
+    assert first == f"{commit} True {commit}"
+    assert "not in the local cache" in rest
+    assert "model=smollm2_135m" in rest
 
 
 def test_tokenizer_comes_with_the_model_or_is_asked_for(tmp_path: Path) -> None:
