@@ -10,13 +10,13 @@ from raykernel.errors import InputError, nearest
 
 
 def label_words(
-    own: dict[str, str], given: dict[str, str] | None, labels: Sequence[str]
+    own: dict[str, str], given: dict[str, str], labels: Sequence[str]
 ) -> tuple[str, ...]:
     """One word per label.
 
     Args:
         own: the task's words by label; may name more labels than are used.
-        given: the user's words, instead.
+        given: the user's words, instead; empty: the task's own.
         labels: label values in the order of the outputs.
 
     Returns:
@@ -25,8 +25,8 @@ def label_words(
     Raises:
         InputError: if a label has no word, a word no label, or two labels the same word.
     """
-    words = own if given is None else given
-    for value in given or {}:
+    words = given or own
+    for value in given:
         if value not in labels:
             raise InputError(
                 f"prompt.words: found a word for {value!r}, which is no label; "

@@ -69,14 +69,14 @@ def resolve_prompt(task: TaskConfig, prompt: PromptConfig, labels: Sequence[str]
         InputError: if there is no such prompt, the template is wrong, or words are wrong.
     """
     if prompt.style is PromptStyle.none:
-        if prompt.template is not None or prompt.words is not None:
+        if prompt.template is not None or prompt.words:
             raise InputError(
                 "prompt=none: found prompt.template or prompt.words, too, expected neither; a "
                 "linear head has no prompt. Remove them, or leave prompt=none out."
             )
         return Prompt(pieces=(), words=())
     own = task.prompts.get(prompt.style.value)
-    needs_own = prompt.template is None or prompt.words is None
+    needs_own = prompt.template is None or not prompt.words
     if own is None and needs_own:
         choices = ", ".join([*(f"prompt={style}" for style in task.prompts), "prompt=none"])
         raise InputError(

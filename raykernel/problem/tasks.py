@@ -64,7 +64,9 @@ def load_data(task: TaskConfig) -> Data:
     labels = label_values(task, [train_rows, *([test_rows] if test_rows else [])])
     train_labels = label_indices(train_rows, task, labels)
     notes = left_out(train_rows, train_labels)
+    source = train_rows.name
     if test_rows is None:
+        source += ", of which a part is held out for test"
         held_out = hold_out(train_labels, len(labels), task)
         test_rows, test_labels = train_rows, only(train_labels, held_out)
         train_labels = only(train_labels, set(range(len(train_labels))) - held_out)
@@ -76,7 +78,7 @@ def load_data(task: TaskConfig) -> Data:
         test_rows = with_distinct_ids(test_rows, train_rows)
         test_labels = label_indices(test_rows, task, labels)
         notes += left_out(test_rows, test_labels)
-    check_counts(train_labels, labels, task, train_rows.name)
+    check_counts(train_labels, labels, task, source)
     train, dev = few_shot(train_labels, k=task.k, seed=task.seed)
     test = sample_test(test_labels, labels, task)
     if not test:
