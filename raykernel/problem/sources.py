@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
 from raykernel.config import TaskConfig, label_text
 from raykernel.errors import InputError
 from raykernel.problem.tables import Columns, check_columns, read_table, unreadable
@@ -136,18 +139,24 @@ def read_hub(task: TaskConfig, split: str) -> Rows:
 
     if task.hub is None:
         raise InputError(f"task {task.name!r}: found source=hub, expected task.hub=ORG/NAME, too.")
+    reachable = Path(task.hub).exists() or is_reachable(task.hub)
+    offline = datasets.config.HF_HUB_OFFLINE
+    # without a network `datasets` would retry for 20 s before it looks into its cache
+    datasets.config.HF_HUB_OFFLINE = offline or not reachable
     try:
         data = datasets.load_dataset(task.hub, task.hub_config, split=split)
     except Exception as error:  # its network, file system and parsers raise whatever they like
-        reason = (str(error).strip().splitlines() or [""])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0][:300] if reachable else "no network, and not in the local cache"
         part = f"{task.hub_config}, {split}" if task.hub_config else split
         raise InputError(
-            f"{task.hub!r} ({part}) cannot be loaded from the hub: {type(error).__name__}: "
-            f"{reason[:300]} — With a network: check task.hub, task.hub_config, task.hub_train and "
-            "task.hub_test. Without one: give the papers' files with task.data_dir=FOLDER "
-            "(`original` of LM-BFF), your own with task=file task.train=FILE, or try "
-            "task=drug_reviews."
+            f"{task.hub!r} ({part}) cannot be loaded from the hub: {reason}. With a network: check "
+            "task.hub, task.hub_config, task.hub_train and task.hub_test. Without one: give the "
+            "papers' files with task.data_dir=FOLDER (`original` of LM-BFF), your own with "
+            "task=file task.train=FILE, or try task=drug_reviews."
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     wanted = [*task.text, task.label]
     check_columns(f"{task.hub} ({split})", data.column_names, wanted)
     columns: Columns = (
@@ -157,6 +166,17 @@ def read_hub(task: TaskConfig, split: str) -> Rows:
     if isinstance(feature, datasets.ClassLabel):
         columns[task.label] = class_names(feature.names, columns[task.label], task.labels)
     return rows_from_columns(split, columns, task, blank_is_missing=False)
+
+
+def is_reachable(hub: str) -> bool:
+    """Whether the hub answers at all, be it that it has no such data set."""
+    try:
+        HfApi().dataset_info(hub, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return True
+    except Exception:  # whatever its HTTP client raises without a network
+        return False
+    return True
 
 
 def class_names(

@@ -8,6 +8,7 @@ examples depend on neither k nor seed. Kernels therefore nest and are shared.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -238,9 +239,10 @@ def label_values(task: TaskConfig, tables: Sequence[Rows]) -> list[str]:
 def by_size(value: str) -> tuple[float, str]:
     """Sort key: numbers by size, then other text."""
     try:
-        return float(value), value
+        number = float(value)
     except ValueError:
-        return float("inf"), value
+        return math.inf, value
+    return number if math.isfinite(number) else math.inf, value
 
 
 def label_indices(rows: Rows, task: TaskConfig, labels: Sequence[str]) -> list[int | None]:

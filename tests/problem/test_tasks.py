@@ -169,8 +169,8 @@ def test_fingerprint_is_that_of_the_chosen_examples(tmp_path: Path) -> None:
 
 
 def test_labels_found_are_sorted_numbers_by_size(tmp_path: Path) -> None:
-    train = write_csv(tmp_path / "a.csv", labels=("10", "9", "-1"))
-    assert load_data(task_of(train, k=2)).labels == ("-1", "9", "10")
+    train = write_csv(tmp_path / "a.csv", labels=("10", "nan", "9", "a", "-1"))
+    assert load_data(task_of(train, k=2)).labels == ("-1", "9", "10", "a", "nan")
 
 
 def test_labels_can_be_left_out_by_name_or_all_others(tmp_path: Path) -> None:
@@ -360,8 +360,10 @@ def test_balanced_test_without_a_label(tmp_path: Path) -> None:
 
 def test_unreachable_hub_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+    from huggingface_hub import constants
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     task = TaskConfig(**{**vars(conf_task("sst2")), "hub": "nobody/nothing-at-all"})
     fails(task, "nobody/nothing-at-all", "task.data_dir=", "task=file", "task=drug_reviews")
 
