@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -201,17 +202,21 @@ LORA_TARGETS = {
 """Modules that the LoRA cases adapt."""
 
 
-def lora_case(name: str, *, zero_b: bool) -> Case:
-    """The same under a PEFT LoRA, with B = 0 as PEFT initialises it, or random."""
+def _peft_model(model: nn.Module, name: str) -> nn.Module:
     import peft
 
-    case = transformer_case(name)
-    model = peft.get_peft_model(
-        case.model,
-        peft.LoraConfig(
-            r=2, lora_alpha=4, target_modules=LORA_TARGETS[name], fan_in_fan_out=name == "gpt2"
-        ),
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=LORA_TARGETS[name], fan_in_fan_out=name == "gpt2"
     )
+    return peft.get_peft_model(model, config)
+
+
+def lora_case(name: str, *, zero_b: bool) -> Case:
+    """The same under a PEFT LoRA, with B = 0 as PEFT initialises it, or random."""
+    case = transformer_case(name)
+    with warnings.catch_warnings():  # peft reads an attribute that transformers 5 renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = _peft_model(case.model, name)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

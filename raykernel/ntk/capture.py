@@ -54,6 +54,9 @@ class Capture:
 
         Args:
             captures: at least one.
+
+        Returns:
+            All their examples, in order.
         """
         first = captures[0]
         if len(captures) == 1:
@@ -131,6 +134,9 @@ class Tracer:
         Args:
             batch: tensors whose leading dimension is the examples.
 
+        Returns:
+            The capture of its examples.
+
         Raises:
             InputError: if the batch is empty or uneven, the readout is not (n, c), or two passes
                 over one example differ.
@@ -151,11 +157,13 @@ class Tracer:
     def bytes_per_example(self, batch: Batch) -> int:
         """Peak memory of a pass over `batch` per example, in bytes, without the weights.
 
-        Saved activations, watched outputs with their gradients, and the factors. Measured by a
-        forward pass over the first example, as long as the batch is padded.
+        Measured by a forward pass over the first example, as long as the batch is padded.
 
         Args:
             batch: tensors whose leading dimension is the examples.
+
+        Returns:
+            Saved activations, watched outputs with their gradients, and the factors.
         """
         check_batch(batch)
         with self._prepared():
@@ -292,7 +300,7 @@ class Tracer:
         scales = audit.example_scales(logits)
         plain = _backward(logits[:, 0].sum(), doubtful)
         scaled = _backward((logits[:, 0] * scales).sum(), doubtful)
-        return audit.separated(doubtful, plain, scaled, scales)
+        return audit.separated(plain, scaled, scales)
 
     def _wrong_parameters(self, capture: Capture, batch: Batch) -> set[str] | None:
         n = num_examples(batch)
@@ -337,6 +345,9 @@ def check_batch(batch: Batch) -> int:
     Args:
         batch: tensors whose leading dimension is the examples.
 
+    Returns:
+        Their number n.
+
     Raises:
         InputError: if there are none, or the tensors disagree.
     """
@@ -360,9 +371,7 @@ def _pattern(recording: Recording) -> object:
 
 def _backward(scalar: Tensor, calls: Sequence[Call], *, keep: bool = True) -> list[Tensor]:
     outputs = [call.output for call in calls]
-    return list(
-        torch.autograd.grad(scalar, outputs, retain_graph=keep, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(scalar, outputs, retain_graph=keep, materialize_grads=True))
 
 
 def _gradients(logits: Tensor, calls: Sequence[Call]) -> list[list[Tensor] | None]:
@@ -372,9 +381,7 @@ def _gradients(logits: Tensor, calls: Sequence[Call]) -> list[list[Tensor] | Non
     outputs = [call.output for call in calls]
     c = logits.shape[1]
     by_output = [
-        torch.autograd.grad(
-            logits[:, a].sum(), outputs, retain_graph=a < c - 1, allow_unused=True
-        )
+        torch.autograd.grad(logits[:, a].sum(), outputs, retain_graph=a < c - 1, allow_unused=True)
         for a in range(c)
     ]
     found: list[list[Tensor] | None] = []

@@ -67,13 +67,12 @@ def method(
         u: tokens of a column example.
         d_in: inputs of the layer.
         d_out: outputs of the layer.
+
+    Returns:
+        Its name and what it costs.
     """
-    n, m = num_rows, num_cols
-    return min(_direct(n, m, c, t, u, d_in, d_out), _factored(n, m, c, t, u, d_in, d_out), key=_cost)
-
-
-def _cost(method: Method) -> float:
-    return method.cost
+    sizes = (num_rows, num_cols, c, t, u, d_in, d_out)
+    return min(_direct(*sizes), _factored(*sizes), key=lambda way: way.cost)
 
 
 def _direct(n: int, m: int, c: int, t: int, u: int, d_in: int, d_out: int) -> Method:
@@ -104,6 +103,9 @@ def gram(
         groups: those wanted; None: all.
         max_bytes: bound on temporary memory; never changes a number beyond rounding.
 
+    Returns:
+        (n, c, m, c) by group; zeros for a group that no output depends on.
+
     Raises:
         InputError: if a group does not exist.
         NonFiniteError: if a block overflows.
@@ -111,9 +113,7 @@ def gram(
     wanted = rows.groups if groups is None else tuple(groups)
     for group in wanted:
         if group not in rows.groups:
-            raise InputError(
-                f"layer group {group!r} does not exist, {nearest(group, rows.groups)}"
-            )
+            raise InputError(f"layer group {group!r} does not exist, {nearest(group, rows.groups)}")
     blocks = {group: _group_block(rows, cols, group, max_bytes) for group in wanted}
     for group, block in blocks.items():
         if not bool(block.isfinite().all()):
@@ -163,6 +163,9 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
         left: rows of the block.
         right: columns of the block.
         max_bytes: bound on a tile of both.
+
+    Returns:
+        The block, examples and outputs flattened.
     """
     width = max(left.width, 1)
     num_gradients = sum(part.gradients.shape[:2].numel() for part in (left, right))
@@ -177,13 +180,14 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
     return total
 
 
-def _tiles(left: Part, right: Part, size: int) -> Iterator[Int[Tensor, "s"] | slice]:
+def _tiles(left: Part, right: Part, size: int) -> Iterator[Int[Tensor, " s"] | slice]:
     """Rows of the parameter that both parts touch, in pieces."""
     touched = [rows for part in (left, right) if (rows := part.support()) is not None]
     if touched and len(touched) == 2:
         touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
     if touched:
-        yield from (piece for piece in touched[0].split(size) if len(piece))
+        rows = touched[0]
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
         return
     assert not isinstance(left, Lookup)
     num_rows = left.num_rows
@@ -198,6 +202,9 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
         left: rows of the block.
         right: columns of the block.
         max_bytes: bound on the table of inner products.
+
+    Returns:
+        The block, examples and outputs flattened.
     """
     n, c, t, _ = left.gradients.shape
     m, _, u, _ = right.gradients.shape

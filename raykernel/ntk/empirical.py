@@ -39,7 +39,7 @@ def empirical_kernel(
         rows: the row examples; tensors whose leading dimension is the examples.
         cols: the column examples; None: the rows.
         kinds: kernels wanted.
-        groups: layer groups wanted, by name or as regular expressions to be found in names; None: all.
+        groups: layer groups wanted, by name or by expressions searched in names; None: all.
         batch_size: examples of one forward pass at the most.
 
     Returns:
@@ -63,7 +63,7 @@ def empirical_kernel(
             f"{col_capture.logits.shape[1]} for cols, expected the same outputs for both."
         )
     blocks = gram(row_capture, col_capture, groups=wanted)
-    return {name: blocks for name in names}
+    return dict.fromkeys(names, blocks)
 
 
 def select_groups(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -73,6 +73,9 @@ def select_groups(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...
         names: every layer group.
         wanted: names, or expressions searched in names.
 
+    Returns:
+        Those chosen, once each.
+
     Raises:
         InputError: if one of `wanted` chooses nothing, or is no regular expression.
     """
@@ -81,8 +84,7 @@ def select_groups(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...
         found = [pattern] if pattern in names else _matching(names, pattern)
         if not found:
             raise InputError(
-                f"groups: {pattern!r} is no layer group and matches none, "
-                f"{nearest(pattern, names)}"
+                f"groups: {pattern!r} is no layer group and matches none, {nearest(pattern, names)}"
             )
         chosen.update(found)
     return tuple(name for name in names if name in chosen)

@@ -27,31 +27,31 @@ class Product:
 
     inputs: Float[Tensor, "n t i"]
     gradients: Float[Tensor, "n c t o"]
-    rows: Int[Tensor, "o"] | None
+    rows: Int[Tensor, " o"] | None
     """Ascending rows of W that the outputs are; None: all. Never with `transposed`."""
     transposed: bool
     """W is stored (i, o), as in GPT-2, not (o, i)."""
 
     @property
     def num_rows(self) -> int:
+        """Rows of the parameter, or of `rows`."""
         return self.inputs.shape[-1] if self.transposed else self.gradients.shape[-1]
 
     @property
     def width(self) -> int:
+        """Width of a row."""
         return self.gradients.shape[-1] if self.transposed else self.inputs.shape[-1]
 
-    def support(self) -> Int[Tensor, "s"] | None:
+    def support(self) -> Int[Tensor, " s"] | None:
         """Ascending rows of the parameter that can be non-zero; None: all of them."""
         return self.rows
 
-    def row_block(self, rows: Int[Tensor, "s"] | slice) -> RowBlock:
+    def row_block(self, rows: Int[Tensor, " s"] | slice) -> RowBlock:
         """Gradient of these rows of the parameter."""
         if isinstance(rows, Tensor) and self.rows is not None:
             rows = torch.searchsorted(self.rows, rows)
         if self.transposed:
-            return (
-                _raised(self.inputs[..., rows]).mT.unsqueeze(1).matmul(_raised(self.gradients))
-            )
+            return _raised(self.inputs[..., rows]).mT.unsqueeze(1).matmul(_raised(self.gradients))
         return _raised(self.gradients[..., rows]).mT.matmul(_raised(self.inputs).unsqueeze(1))
 
 
@@ -64,17 +64,19 @@ class Lookup:
 
     @property
     def width(self) -> int:
+        """Width of a row."""
         return self.gradients.shape[-1]
 
-    def support(self) -> Int[Tensor, "s"]:
+    def support(self) -> Int[Tensor, " s"]:
         """Ascending rows of the parameter that can be non-zero."""
-        return torch.unique(self.ids)
+        rows: Tensor = torch.unique(self.ids)
+        return rows
 
-    def row_block(self, rows: Int[Tensor, "s"] | slice) -> RowBlock:
+    def row_block(self, rows: Int[Tensor, " s"] | slice) -> RowBlock:
         """Gradient of these rows of the parameter."""
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=self.ids.device)
-        n, c, t, w = self.gradients.shape
+        n, c, _, w = self.gradients.shape
         place = torch.searchsorted(rows, self.ids).clamp_(max=len(rows) - 1)
         found = rows[place] == self.ids
         if self.ids.is_cuda:
@@ -101,15 +103,16 @@ class Rows:
 
     @property
     def width(self) -> int:
+        """Width of a row."""
         return self.gradients.shape[-1] // self.num_rows
 
     def support(self) -> None:
-        """All rows can be non-zero."""
-        return None
+        """Ascending rows of the parameter that can be non-zero; None: all of them."""
 
-    def row_block(self, rows: Int[Tensor, "s"] | slice) -> RowBlock:
+    def row_block(self, rows: Int[Tensor, " s"] | slice) -> RowBlock:
         """Gradient of these rows of the parameter."""
-        return _raised(self.gradients.unflatten(2, (self.num_rows, self.width))[:, :, rows])
+        n, c, _ = self.gradients.shape
+        return _raised(self.gradients.view(n, c, self.num_rows, self.width)[:, :, rows])
 
 
 Part = Product | Lookup | Rows
@@ -144,9 +147,17 @@ def compress(part: Part) -> tuple[Part, bool]:
 
     Padding carries none, and in the last block of a prompt model only the readout's token does.
     Tokens are dropped per example: the result has as many as the example with most needs.
+
+    Args:
+        part: of any kind.
+
+    Returns:
+        The part, and whether its gradients are finite.
     """
     if isinstance(part, Rows):
         return part, bool(part.gradients.isfinite().all())
+    if not part.gradients.numel():
+        return part, True
     peak = part.gradients.abs().amax(dim=(1, 3))
     num_alive = int((peak != 0).sum(1).max())
     finite = bool(peak.isfinite().all())
@@ -181,12 +192,20 @@ def join_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
 
     Σ over calls of Σ_t b_t ⊗ a_t is one sum over all tokens, so a layer that runs several times
     in a forward pass (ALBERT) is a layer with more tokens.
+
+    Args:
+        parts: one per call.
+
+    Returns:
+        One part per kind.
     """
     products = [p for p in parts if isinstance(p, Product) and not p.transposed]
     turned = [p for p in parts if isinstance(p, Product) and p.transposed]
     lookups = [p for p in parts if isinstance(p, Lookup)]
     rows = [p for p in parts if isinstance(p, Rows)]
-    joined: list[Part] = [_cat_products(same, along_tokens=True) for same in (products, turned) if same]
+    joined: list[Part] = [
+        _cat_products(same, along_tokens=True) for same in (products, turned) if same
+    ]
     if lookups:
         ids = torch.cat([p.ids for p in lookups], dim=1)
         joined.append(Lookup(ids, torch.cat([p.gradients for p in lookups], dim=2)))
@@ -204,11 +223,16 @@ def join_examples(found: Sequence[tuple[Part, ...]], counts: Sequence[int]) -> t
     Args:
         found: what `join_calls` gave, by capture.
         counts: examples by capture.
+
+    Returns:
+        One part per kind.
     """
     patterns = {_kind(part): part for parts in found for part in parts}
     by_capture = [{_kind(part): part for part in parts} for parts in found]
     return tuple(
-        _cat_examples([own.get(kind) or _zeros(pattern, n) for own, n in zip(by_capture, counts)])
+        _cat_examples(
+            [own.get(kind) or _zeros(pattern, n) for own, n in zip(by_capture, counts, strict=True)]
+        )
         for kind, pattern in patterns.items()
     )
 

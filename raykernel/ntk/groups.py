@@ -44,6 +44,9 @@ def find_groups(model: nn.Module) -> Groups:
 
     Args:
         model: the network; parameters with `requires_grad` are selected.
+
+    Returns:
+        Groups in registration order.
     """
     first_name = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     paths: dict[int, list[str]] = {key: [] for key in first_name}
@@ -53,7 +56,9 @@ def find_groups(model: nn.Module) -> Groups:
             if id(parameter) in paths:
                 paths[id(parameter)].append(path)
                 members.setdefault(path, []).append(name)
-    outer = {(key, path) for key, owned in paths.items() for path in owned if _is_outer(path, owned)}
+    outer = {
+        (key, path) for key, owned in paths.items() for path in owned if _is_outer(path, owned)
+    }
     owners = {
         first_name[key]: tuple(path or ROOT for path in owned if (key, path) not in outer)
         for key, owned in paths.items()
@@ -86,5 +91,8 @@ def layer_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
     Args:
         model: the network; parameters with `requires_grad` are selected.
+
+    Returns:
+        Parameters as their module names them, by group.
     """
     return find_groups(model).members

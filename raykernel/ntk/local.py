@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ def model_gradients(
         readout: logits (n, c) of a batch.
         batch: the examples.
         parameters: by name.
+
+    Returns:
+        (n, c, p) by parameter name.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in parameters}
     with requiring_gradients(parameters.values()):
@@ -71,18 +75,23 @@ def model_gradients(
     return {name: _stack(rows, parameters[name].shape) for name, rows in found.items()}
 
 
-class requiring_gradients:  # noqa: N801 - reads as a statement
-    """Context in which exactly these parameters need a gradient."""
+@contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context in which these parameters need a gradient; afterwards they do not.
 
-    def __init__(self, parameters: Any) -> None:
-        self._parameters = list(parameters)
+    Args:
+        parameters: those.
 
-    def __enter__(self) -> None:
-        for parameter in self._parameters:
+    Yields:
+        Nothing.
+    """
+    chosen = list(parameters)
+    try:
+        for parameter in chosen:
             parameter.requires_grad_(True)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter in self._parameters:
+        yield
+    finally:
+        for parameter in chosen:
             parameter.requires_grad_(False)
 
 

@@ -103,6 +103,9 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
+        if not torch.is_grad_enabled():
+            # No gradient flows, or a torch.autograd.Function has its own, which the audit finds.
+            return func(*args, **options)
         used = [(place, s) for place, s in self._used(args, options) if not self._inside(s)]
         out = func(*args, **options)
         if not used or not _holds_tensor(out):

@@ -62,6 +62,9 @@ def derive(function: Function, args: Sequence[Any], find: Find) -> Source | None
         function: the torch function.
         args: its positional arguments.
         find: the source that an argument is.
+
+    Returns:
+        The result as a source, or None if it is something else.
     """
     source = find(args[0]) if args else None
     if source is None:
@@ -287,7 +290,7 @@ def _add(
     return _both(_broadcast(source, None, out)) if source else None
 
 
-_METHODS = torch.Tensor
+_METHODS: Any = torch.Tensor
 
 RULES: dict[Function, Rule] = {
     F.linear: _linear,

@@ -1,0 +1,178 @@
+"""Every contraction gives the inner product of the gradients it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raykernel.errors import InputError, NonFiniteError
+from raykernel.ntk.capture import Capture, Tracer
+from raykernel.ntk.contract import direct, factored, gram, method
+from raykernel.ntk.factors import (
+    Lookup,
+    Product,
+    Rows,
+    compress,
+    join_calls,
+    join_examples,
+)
+from tests import cases, oracles
+
+C, VOCAB, WIDTH = 2, 11, 3
+sizes = st.integers(1, 4)
+
+
+def normal(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def make_part(kind, n, t, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "lookup":
+        ids = torch.randint(0, VOCAB, (n, t), generator=generator)
+        return Lookup(ids, normal(n, C, t, WIDTH, seed=seed))
+    if kind == "rows":
+        return Rows(normal(n, C, VOCAB * WIDTH, seed=seed), VOCAB)
+    if kind == "product":
+        inputs, gradients = normal(n, t, WIDTH, seed=seed), normal(n, C, t, VOCAB, seed=seed + 1)
+        return Product(inputs, gradients, None, False)
+    if kind == "turned":
+        inputs, gradients = normal(n, t, VOCAB, seed=seed), normal(n, C, t, WIDTH, seed=seed + 1)
+        return Product(inputs, gradients, None, True)
+    rows = torch.randperm(VOCAB, generator=generator)[:4].sort().values
+    return Product(normal(n, t, WIDTH, seed=seed), normal(n, C, t, 4, seed=seed + 1), rows, False)
+
+
+def gradient(part):
+    """(n, c, VOCAB · WIDTH), token by token."""
+    n, c = part.gradients.shape[:2]
+    total = torch.zeros(n, c, VOCAB, WIDTH, dtype=torch.float64)
+    if isinstance(part, Rows):
+        return part.gradients
+    for i in range(n):
+        for t in range(part.gradients.shape[2]):
+            for a in range(c):
+                b = part.gradients[i, a, t]
+                if isinstance(part, Lookup):
+                    total[i, a, part.ids[i, t]] += b
+                elif part.transposed:
+                    total[i, a] += torch.outer(part.inputs[i, t], b)
+                else:
+                    rows = torch.arange(VOCAB) if part.rows is None else part.rows
+                    total[i, a, rows] += torch.outer(b, part.inputs[i, t])
+    return total.flatten(2)
+
+
+KINDS = ("lookup", "rows", "product", "turned", "some_rows")
+
+
+@pytest.mark.parametrize("left", KINDS)
+@pytest.mark.parametrize("right", KINDS)
+@settings(max_examples=8, deadline=None)
+@given(n=sizes, m=sizes, t=sizes, u=sizes, max_bytes=st.sampled_from([1, 700, 1 << 20]))
+def test_any_two_parts_contract_to_the_inner_product(left, right, n, m, t, u, max_bytes):
+    own, other = make_part(left, n, t, 0), make_part(right, m, u, 10)
+    expected = oracles.inner(gradient(own), gradient(other))
+    block = direct(own, other, max_bytes=max_bytes).view(n, C, m, C)
+    assert torch.allclose(block, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["product", "turned", "some_rows"])
+@settings(max_examples=20, deadline=None)
+@given(n=sizes, m=sizes, t=sizes, u=sizes, max_bytes=st.sampled_from([1, 700, 1 << 20]))
+def test_factored_equals_direct(kind, n, m, t, u, max_bytes):
+    own, other = make_part(kind, n, t, 0), make_part(kind, m, u, 0)
+    one = factored(own, other, max_bytes=max_bytes)
+    assert torch.allclose(one, direct(own, other, max_bytes=max_bytes), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_examples_are_those_of_the_pieces(kind):
+    pieces = [make_part(kind, 2, 3, 0), make_part(kind, 1, 4, 5), make_part(kind, 3, 1, 9)]
+    found = [(piece,) for piece in pieces[:2]] + [()] + [(pieces[2],)]
+    (joined,) = join_examples(found, [2, 1, 2, 3])
+    expected = torch.cat([gradient(p) for p in pieces[:2]] + [torch.zeros(2, C, VOCAB * WIDTH)])
+    assert torch.allclose(gradient(joined), torch.cat([expected, gradient(pieces[2])]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_calls_add_up(kind):
+    calls = [make_part(kind, 2, 3, 0), make_part(kind, 2, 1, 5)]
+    (joined,) = join_calls(calls)
+    assert torch.allclose(gradient(joined), gradient(calls[0]) + gradient(calls[1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressing_drops_tokens_and_no_gradient(kind):
+    part = make_part(kind, 3, 5, 0)
+    if kind != "rows":
+        part.gradients[0, :, :4] = 0
+        part.gradients[1:, :, 2:] = 0
+    smaller, finite = compress(part)
+    assert finite
+    assert torch.equal(gradient(smaller), gradient(part)) or kind == "rows"
+    if kind != "rows":
+        assert smaller.gradients.shape[2] == 2
+
+
+def test_rarely_used_outputs_of_a_wide_head_are_dropped():
+    gradients = torch.zeros(2, C, 3, 5000)
+    gradients[..., [17, 400]] = 1.0
+    part, _ = compress(Product(torch.ones(2, 3, 4), gradients, None, False))
+    assert part.rows.tolist() == [17, 400]
+    assert part.gradients.shape == (2, C, 3, 2)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 10_000, 1 << 28])
+def test_tile_size_changes_nothing(max_bytes):
+    case = cases.transformer_case("roberta")
+    capture = Tracer(case.model, case.readout).capture(case.batch)
+    expected = gram(capture, capture)
+    for group, block in gram(capture, capture, max_bytes=max_bytes).items():
+        assert torch.allclose(block, expected[group], rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_is_a_piece_of_the_whole():
+    case = cases.transformer_case("gpt2")
+    tracer = Tracer(case.model, case.readout)
+    captures = [
+        tracer.capture({k: v[i:j] for k, v in case.batch.items()}) for i, j in ((0, 2), (2, 5))
+    ]
+    joined = Capture.concatenate(captures)
+    whole, block = gram(joined, joined), gram(captures[0], captures[1])
+    for group, values in block.items():
+        assert torch.allclose(values, whole[group][:2, :, 2:], rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_factors_are_summed_in_float32():
+    part = Product(torch.ones(1, 4096, 1), torch.ones(1, 1, 4096, 1), None, False)
+    half = Product(part.inputs.bfloat16(), part.gradients.bfloat16(), None, False)
+    for contract in (direct, factored):
+        block = contract(half, half, max_bytes=1 << 20)
+        assert block.dtype == torch.float32
+        assert block.item() == 4096.0**2
+
+
+def test_method_follows_the_cost():
+    short = method(32, 32, c=2, t=1, u=1, d_in=768, d_out=768)
+    long = method(32, 32, c=2, t=512, u=512, d_in=64, d_out=64)
+    assert (short.name, long.name) == ("factored", "direct")
+    assert short.flops > 0
+    assert long.num_bytes > 0
+
+
+def test_unknown_group_is_named():
+    case = cases.transformer_case("gpt2")
+    capture = Tracer(case.model, case.readout).capture(case.batch)
+    with pytest.raises(InputError, match=r"transformer\.ln_f"):
+        gram(capture, capture, groups=["transformer.lnf"])
+
+
+def test_overflow_names_the_group():
+    part = Rows(torch.full((1, 1, 2), 1e30), 2)
+    capture = Capture(torch.zeros(1, 1), {"layer": {"layer.weight": (part,)}}, {})
+    with pytest.raises(NonFiniteError, match="layer"):
+        gram(capture, capture)
