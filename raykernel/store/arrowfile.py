@@ -9,6 +9,8 @@ returns a flipped bit silently.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ FORMAT = 1
 
 _HEADER = b"raykernel"
 _CHECKSUM = b"xxh3_128"
+# A flipped bit in the schema makes pyarrow raise any of these.
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +77,12 @@ def read(path: Path, *, check: bool) -> ArrowFile:
         InputError: if it is whole but of a newer format.
         FileNotFoundError: if it is absent.
     """
-    try:
-        # Closing the source frees its descriptor; the buffers keep the map alive.
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
-        header, text = _header(path, table.schema)
+    # Closing the source frees its descriptor; the buffers keep the map alive.
+    with pa.memory_map(str(path)) as source, _blaming(path):
+        table = pa.ipc.open_file(source).read_all()
+        header, text = _header(table.schema)
         if check:
-            table.validate(full=True)
-            expected = (table.schema.metadata or {}).get(_CHECKSUM, b"").decode()
-            found = _checksum(text, table)
-            if found != expected:
-                raise BlockCorruptError(damage(path, f"checksum {found}, expected {expected}"))
-    except (FileNotFoundError, BlockCorruptError):
-        raise
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise BlockCorruptError(damage(path, str(error).splitlines()[0])) from error
+            _require_whole(text, table)
     _require_format(path, header)
     return ArrowFile(header, table)
 
@@ -105,14 +100,8 @@ def read_header(path: Path) -> dict[str, Any]:
         BlockCorruptError: if the file has none.
         FileNotFoundError: if it is absent.
     """
-    try:
-        with pa.memory_map(str(path)) as source:
-            schema = pa.ipc.open_file(source).schema
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise BlockCorruptError(damage(path, str(error).splitlines()[0])) from error
-    header, _ = _header(path, schema)
+    with pa.memory_map(str(path)) as source, _blaming(path):
+        header, _ = _header(pa.ipc.open_file(source).schema)
     _require_format(path, header)
     return header
 
@@ -139,17 +128,28 @@ def damage(path: Path, reason: str) -> str:
     )
 
 
-def _header(path: Path, schema: pa.Schema) -> tuple[dict[str, Any], bytes]:
-    text = (schema.metadata or {}).get(_HEADER)
-    if text is None:
-        raise BlockCorruptError(damage(path, "no raykernel header"))
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong between opening a file and comparing its checksum is its damage."""
     try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise BlockCorruptError(damage(path, "unreadable header")) from error
+        yield
+    except _UNREADABLE as error:
+        raise BlockCorruptError(damage(path, str(error).partition("\n")[0])) from error
+
+
+def _header(schema: pa.Schema) -> tuple[dict[str, Any], bytes]:
+    text: bytes = (schema.metadata or {}).get(_HEADER, b"null")
+    header = json.loads(text)
     if not isinstance(header, dict) or not isinstance(header.get("format"), int):
-        raise BlockCorruptError(damage(path, "unreadable header"))
+        raise TypeError("no raykernel header")
     return header, text
+
+
+def _require_whole(text: bytes, table: pa.Table) -> None:
+    table.validate(full=True)  # before any text in it is decoded
+    found, expected = _checksum(text, table), table.schema.metadata[_CHECKSUM].decode()
+    if found != expected:
+        raise ValueError(f"checksum {found}, expected {expected}")
 
 
 def _require_format(path: Path, header: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ _GROUPS = pa.schema(
     [
         ("fingerprint", pa.string()),
         ("kind", pa.string()),
-        ("group", pa.string()),
+        ("layer_group", pa.string()),  # GROUP is a keyword of SQL
         ("trace", pa.float64()),
     ]
 )
@@ -123,7 +123,7 @@ def _group_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
     )
     complete = len(blocks) == len(cells)
     for (kind, group), trace in zip(blocks[0].names, np.atleast_1d(traces), strict=True):
-        row = {"kind": kind, "group": group, "trace": float(trace) if complete else None}
+        row = {"kind": kind, "layer_group": group, "trace": float(trace) if complete else None}
         yield {"fingerprint": handle.fingerprint, **row}
 
 

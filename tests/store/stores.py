@@ -73,8 +73,10 @@ def write(handle: KernelHandle, cell: Cell) -> None:
     handle.write_block(cell, block(handle, cell), {"seconds": 0.5, "peak_memory_bytes": 1000})
 
 
-def complete(path: Path, **settings: object) -> KernelHandle:
-    handle = begin(path, **settings)  # type: ignore[arg-type]
+def complete(
+    path: Path, *, grid: Grid | None = None, identity: dict[str, Json] | None = None
+) -> KernelHandle:
+    handle = begin(path, grid=grid, identity=identity)
     for cell in handle.missing():
         write(handle, cell)
     return handle

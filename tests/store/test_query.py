@@ -110,9 +110,9 @@ def test_blocks_are_listed_from_their_headers(store: Store) -> None:
 
 
 def test_traces_of_groups_are_the_train_kernels(store: Store) -> None:
-    found = query(store.path, 'SELECT "group", trace FROM groups').to_pylist()
+    found = query(store.path, "SELECT layer_group, trace FROM groups").to_pylist()
     kernels = dict(store.open().group_kernels(rows=range(5)))
-    assert {entry["group"]: entry["trace"] for entry in found} == {
+    assert {entry["layer_group"]: entry["trace"] for entry in found} == {
         group: pytest.approx(float(kernel.reshape(10, 10).trace()))
         for group, kernel in kernels.items()
     }
