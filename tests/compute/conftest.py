@@ -27,7 +27,7 @@ def ray_instance() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
     )
     yield
     ray.shutdown()

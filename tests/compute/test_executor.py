@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_workers import Toy
 
 from raykernel.compute.executor import Executor, WorkerTraceback
 from raykernel.errors import InputError, NonFiniteError, RunError, StorageFullError
+from tests.compute.toy_workers import Toy
 
 
 def test_every_job_comes_back_once(executor: Executor, tmp_path: Path) -> None:
@@ -81,6 +81,9 @@ def test_an_executor_runs_again(executor: Executor) -> None:
 
 
 def test_an_interrupt_of_the_caller_passes_through(executor: Executor) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    def interrupted() -> None:
         for _ in executor.run(Toy().start, range(20)):
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()

@@ -1,0 +1,337 @@
+"""What a worker does: it loads the problem once and turns cells of the kernel into stored blocks.
+
+    cell → capture columns (kept) → capture rows → contract → commit → receipt
+
+A worker needs plain data only (`WorkerSpec`), talks to nobody but the store, and returns integers.
+The same cell gives the same bits in every worker with the same configuration and thread count,
+whatever was computed before: batches, chunks and their order of summation are fixed by the cell.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from raykernel.compute import memory
+from raykernel.compute.memory import Footprint, Sizes
+from raykernel.compute.plan import WorkerPlan, plan_of
+from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, ParametersConfig
+from raykernel.errors import BlockCorruptError, RunError
+from raykernel.ntk import contract
+from raykernel.ntk.capture import Capture, Tracer
+from raykernel.problem.models import Problem, load_problem
+from raykernel.problem.probe import Head
+from raykernel.problem.prompts import Encoded, collate
+from raykernel.store.blocks import Store
+from raykernel.store.grid import Cell
+from raykernel.store.kernels import KernelHandle
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs: plain data, small enough to ship."""
+
+    model: ModelConfig
+    parameters: ParametersConfig
+    kernel: KernelConfig
+    compute: ComputeConfig
+    encoded: Encoded
+    num_labels: int
+    store_path: str
+    fingerprint: str
+
+    def blocks(self) -> Callable[[Cell], Receipt]:
+        """In a worker's process: the function that computes cells."""
+        worker = Worker(self)
+        worker.prepare()
+        return worker.compute
+
+    def features(self) -> Callable[[range], np.ndarray]:
+        """In a worker's process: the function that reads the linear head's input (prompt=none)."""
+        return Worker(self).features
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What is left to say about a stored block."""
+
+    i: int
+    j: int
+    already_stored: bool
+    """Another worker, or an earlier run, had stored it."""
+    num_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    """Largest memory of the worker so far: resident on a CPU, reserved on a GPU."""
+    process: int
+
+
+class Worker:
+    """A model at θ_0 in a process of its own, and the cells that it computes.
+
+    Args:
+        spec: what to compute.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        _settle_torch(spec.compute)
+        memory.keep_heap_small()
+        self._spec = spec
+        self._handle = Store(spec.store_path).open(spec.fingerprint)
+        self._problem = _load(spec, self._handle)
+        self._columns: OrderedDict[range, Capture] = OrderedDict()
+        self._turn = 0
+
+    # ------------------------------------------------------------ jobs
+
+    def compute(self, cell: Cell) -> Receipt:
+        """Make sure that a cell's block and its rows' logits are stored.
+
+        Args:
+            cell: the cell.
+
+        Returns:
+            A receipt; no kernel value leaves the worker but to the store.
+        """
+        start = time.monotonic()
+        if self._is_stored(cell):
+            return self._receipt(cell, start, num_bytes=0, already_stored=True)
+        with self._explaining(cell):
+            values, logits = self._values(cell)
+        if not _can_read(lambda: self._handle.read_logits(cell.i)):
+            self._handle.write_logits(cell.rows, logits)
+        kernels = {kind.value: values for kind in self._spec.kernel.kinds}
+        provenance: dict[str, Json] = {
+            "seconds": time.monotonic() - start,
+            "peak_memory_bytes": self._peak_bytes(),
+            "torch": torch.__version__,
+            "device": self._spec.compute.device,
+            "threads": torch.get_num_threads(),
+            "batch": self._sizes.batch,
+        }
+        num_bytes = self._handle.write_block(cell, kernels, provenance)
+        del values, kernels
+        memory.trim_heap()
+        return self._receipt(cell, start, num_bytes=num_bytes, already_stored=False)
+
+    def features(self, indices: range) -> Float[np.ndarray, "n d"]:
+        """What the linear head reads, in batches of `compute.batch_size`.
+
+        Args:
+            indices: examples.
+
+        Returns:
+            One row per example.
+        """
+        batches = _split(indices, self._spec.compute.batch_size)
+        found = [self._problem.features(self._batch(batch)) for batch in batches]
+        features: np.ndarray = torch.cat(found).float().cpu().numpy()
+        return features
+
+    def prepare(self) -> None:
+        """Trace the longest examples, while nothing else is in memory.
+
+        The engine checks itself against autograd on first sight, which takes a gradient of all
+        parameters; and it learns the model's pattern here rather than from whichever cell comes
+        first, so that cells do not depend on their order.
+        """
+        longest = self._longest
+        self._tracer.capture(self._batch(longest[:1]))
+        if len(longest) > 1:
+            self._tracer.capture(self._batch(longest))
+        memory.trim_heap()
+
+    def plan(self) -> WorkerPlan:
+        """Memory, chunks, operations and methods of a full cell; computes no block.
+
+        Returns:
+            The plan.
+        """
+        return plan_of(
+            self._problem.module,
+            self._tracer.capture(self._batch(self._longest[:1])),
+            num_tokens=len(self._spec.encoded.input_ids[self._longest[0]]),
+            footprint=self._footprint,
+            sizes=self._sizes,
+            block_size=self._spec.kernel.block_size,
+            fallbacks=self._tracer.fallbacks,
+        )
+
+    # ------------------------------------------------------------ numbers
+
+    def _values(self, cell: Cell) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "n c"]]:
+        """Every group's block of a cell, and the rows' logits."""
+        handle, c = self._handle, self._spec.num_labels
+        shape = (len(cell.rows), c, len(cell.cols), c)
+        dtype = np.dtype(handle.manifest.dtype)
+        values = {group: np.empty(shape, dtype) for group in self._tracer.groups}
+        logits = np.empty((len(cell.rows), c))
+        # Back and forth: the last column chunk of a cell is the first of the next one.
+        chunks = list(_split(cell.cols, self._sizes.cols))
+        self._turn += 1
+        for cols in reversed(chunks) if self._turn % 2 else chunks:
+            right = self._column(cols)
+            for rows in _split(cell.rows, self._sizes.rows):
+                left = self._columns.get(rows) or self._capture(rows)
+                at = slice(rows.start - cell.rows.start, rows.stop - cell.rows.start)
+                to = slice(cols.start - cell.cols.start, cols.stop - cell.cols.start)
+                logits[at] = left.logits.double().cpu().numpy()
+                for group, block in self._contract(left, right):
+                    values[group][at, :, to] = block
+                del left
+        return values, logits
+
+    def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, np.ndarray]]:
+        blocks = contract.gram(left, right, max_bytes=memory.GRAM_BYTES)
+        for group, block in blocks.items():
+            yield group, block.cpu().numpy()
+
+    def _column(self, examples: range) -> Capture:
+        """A column chunk, kept for the next cells as long as memory allows."""
+        if examples not in self._columns:
+            while len(self._columns) >= self._sizes.resident:
+                self._columns.popitem(last=False)
+            self._columns[examples] = self._capture(examples)
+        self._columns.move_to_end(examples)
+        return self._columns[examples]
+
+    def _capture(self, examples: range) -> Capture:
+        return Capture.concatenate(
+            [self._tracer.capture(self._batch(b)) for b in _split(examples, self._sizes.batch)]
+        )
+
+    def _batch(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
+        return collate(self._spec.encoded, examples, self._spec.compute.device)
+
+    # ------------------------------------------------------------ facts
+
+    @cached_property
+    def _tracer(self) -> Tracer:
+        return Tracer(self._problem.module, self._problem.readout)
+
+    @cached_property
+    def _longest(self) -> list[int]:
+        """The two examples with the most tokens, longest first."""
+        ids = self._spec.encoded.input_ids
+        return sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))[:2]
+
+    @cached_property
+    def _footprint(self) -> Footprint:
+        """Bytes of the longest example; they depend on the spec alone."""
+        batch = self._batch(self._longest[:1])
+        edge = self._spec.kernel.block_size * self._spec.num_labels
+        itemsize = np.dtype(self._handle.manifest.dtype).itemsize
+        module = self._problem.module
+        return Footprint(
+            weights=_num_bytes([*module.parameters(), *module.buffers()]),
+            audit=2 * _num_bytes(_selected(self._problem)),
+            factors=self._tracer.capture(batch).num_bytes,
+            forward=self._tracer.bytes_per_example(batch),
+            output=len(self._tracer.groups) * edge * edge * itemsize,
+        )
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        block_size = self._spec.kernel.block_size
+        return memory.chunk_sizes(self._footprint, self._spec.compute, block_size=block_size)
+
+    def _is_stored(self, cell: Cell) -> bool:
+        return _can_read(lambda: self._handle.read_block(cell)) and _can_read(
+            lambda: self._handle.read_logits(cell.i)
+        )
+
+    @contextmanager
+    def _explaining(self, cell: Cell) -> Iterator[None]:
+        """Say what to do if memory runs out."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"Memory ran out in cell ({cell.i}, {cell.j}). Expected "
+                f"{self._spec.compute.memory_gb:g} GiB for this worker (compute.memory_gb). "
+                "Lower it to what is free, or lower kernel.block_size or compute.workers."
+            ) from error
+
+    def _peak_bytes(self) -> int:
+        if self._spec.compute.device.startswith("cuda"):
+            return torch.cuda.max_memory_reserved(self._spec.compute.device)
+        return memory.peak_resident_bytes()
+
+    def _receipt(
+        self, cell: Cell, start: float, *, num_bytes: int, already_stored: bool
+    ) -> Receipt:
+        return Receipt(
+            i=cell.i,
+            j=cell.j,
+            already_stored=already_stored,
+            num_bytes=num_bytes,
+            seconds=time.monotonic() - start,
+            peak_memory_bytes=self._peak_bytes(),
+            process=os.getpid(),
+        )
+
+
+def _settle_torch(compute: ComputeConfig) -> None:
+    """Threads and algorithms from the configuration: Ray and the shell would set others."""
+    torch.set_num_threads(compute.threads)
+    if compute.device.startswith("cuda"):
+        # cuBLAS may otherwise split a product differently from call to call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _load(spec: WorkerSpec, handle: KernelHandle) -> Problem:
+    stored = None if spec.encoded.label_ids else handle.read_head()
+    return load_problem(
+        spec.model,
+        spec.parameters,
+        label_ids=spec.encoded.label_ids,
+        num_labels=spec.num_labels,
+        head=None if stored is None else Head(*stored),
+        device=spec.compute.device,
+        precision=spec.kernel.precision,
+    )
+
+
+def _split(examples: range, size: int) -> Iterator[range]:
+    """Consecutive pieces, the last of which may be smaller."""
+    for start in range(examples.start, examples.stop, size):
+        yield range(start, min(start + size, examples.stop))
+
+
+def _can_read(read: Callable[[], object]) -> bool:
+    """Whether a stored file is there and whole; a damaged one is computed again."""
+    try:
+        read()
+    except (FileNotFoundError, BlockCorruptError):
+        return False
+    return True
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "can't allocate memory" in str(error)  # PyTorch's allocator on the CPU
+    )
+
+
+def _selected(problem: Problem) -> list[nn.Parameter]:
+    return [p for p in problem.module.parameters() if p.requires_grad]
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Memory of tensors; those that share it count once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,107 @@
+"""A worker stays inside its memory, however many examples there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes
+from raykernel.config import ComputeConfig
+from raykernel.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+
+FOOTPRINT = Footprint(
+    weights=100 * MIB, audit=200 * MIB, factors=20 * MIB, forward=50 * MIB, output=MIB
+)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "batch_size", "block_size"), product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16])
+)
+def test_sizes_fit_and_are_whole_passes_or_the_block(
+    memory_gb: float, batch_size: int, block_size: int
+) -> None:
+    compute = ComputeConfig(memory_gb=memory_gb, batch_size=batch_size)
+    sizes = chunk_sizes(FOOTPRINT, compute, block_size=block_size)
+    assert sizes.peak_bytes <= memory_gb * GIB
+    assert 1 <= sizes.batch <= min(batch_size, block_size)
+    for size in (sizes.rows, sizes.cols):
+        assert size <= block_size
+        assert size == block_size or size % sizes.batch == 0
+
+
+def test_more_memory_never_makes_chunks_smaller() -> None:
+    sizes = [
+        chunk_sizes(FOOTPRINT, ComputeConfig(memory_gb=gb / 4), block_size=16)
+        for gb in range(5, 40)
+    ]
+    assert [s.batch * s.cols for s in sizes] == sorted(s.batch * s.cols for s in sizes)
+    assert sizes[-1].rows == sizes[-1].cols == 16
+    assert sizes[-1].resident > 1
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
+    huge = dataclasses.replace(FOOTPRINT, weights=28 * GIB)
+    with pytest.raises(InputError, match=r"memory_gb: found 4, expected at least 29\.\d\d GiB"):
+        chunk_sizes(huge, ComputeConfig(), block_size=16)
+
+
+def test_the_peak_is_this_processes_own() -> None:
+    """A process inherits `ru_maxrss` from its parent, but not what is read here."""
+    code = "from raykernel.compute.memory import peak_resident_bytes as p; print(p())"
+    ballast = bytearray(400 * MIB)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 0 < int(out.stdout) < 350 * MIB < peak_resident_bytes()
+
+
+MEASURE = """
+import json, sys, time
+from pathlib import Path
+from raykernel.compute.memory import peak_resident_bytes
+from raykernel.config import ModelConfig
+from raykernel.terms import Architecture
+from tests.compute.tiny_problem import handle_of, make_spec, texts
+model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
+num_rows, memory_gb = int(sys.argv[3]), float(sys.argv[4])
+spec = make_spec(Path(sys.argv[1]), model, num_train=8, num_rows=num_rows, block_size=8,
+                 encoded=texts(num_rows, shortest=60, longest=64), memory_gb=memory_gb)
+work = spec.blocks()
+start = time.monotonic()
+for cell in handle_of(spec).missing():
+    receipt = work(cell)
+json.dump({"seconds": time.monotonic() - start, "peak": peak_resident_bytes(),
+           "receipt": receipt.peak_memory_bytes,
+           "sizes": str(work.__self__._sizes), "footprint": str(work.__self__._footprint)}, sys.stdout)
+"""
+
+
+def measure(folder: Path, model: str, num_rows: int, memory_gb: float) -> dict[str, float]:
+    arguments = [str(folder), model, str(num_rows), str(memory_gb)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def test_memory_is_flat_and_time_linear_in_the_rows(tmp_path: Path) -> None:
+    from tests.compute.tiny_problem import save_model
+
+    sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}
+    model = save_model(tmp_path / "model", num_hidden_layers=8, **sizes).name
+    few, many = (measure(tmp_path / str(n), model, 8 + n, 1.25) for n in (8, 80))
+    assert few["receipt"] == few["peak"]
+    assert max(few["peak"], many["peak"]) < 1.25 * GIB
+    assert many["peak"] < few["peak"] + 64 * MIB
+    # 2 cells against 11; half the seconds of a cell allowed for a busy machine.
+    assert 11 / 2 / 2 < many["seconds"] / few["seconds"] < 11 / 2 * 2

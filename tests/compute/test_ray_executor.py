@@ -1,0 +1,250 @@
+"""Real faults: processes that exit, are killed, never start, or lose their driver."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raykernel.compute.address import check_address
+from raykernel.config import ComputeConfig
+from raykernel.errors import InputError, RunError, WorkerLostError
+from tests.compute.toy_workers import Toy
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_instance")]
+
+ROOT = Path(__file__).parents[2]
+
+
+def executor(compute: ComputeConfig, say: Callable[[str], None] = print):
+    from raykernel.compute.ray_executor import RayExecutor
+
+    return RayExecutor(compute, say=say)
+
+
+def test_a_job_whose_worker_exits_is_done_by_another(
+    ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    toy, said = Toy(str(tmp_path)), []
+    outcomes = {o.job: o for o in executor(ray_compute, said.append).run(toy.die_once, range(12))}
+    assert {job: outcome.value() for job, outcome in outcomes.items()} == {
+        job: job**2 for job in range(12)
+    }
+    assert outcomes[3].attempts == toy.count("ran-3") == 2
+    # The jobs that waited behind it are not charged with the death.
+    assert {outcome.attempts for job, outcome in outcomes.items() if job != 3} == {1}
+    assert len(said) == 1
+    assert said[0].startswith("A worker died (ActorDiedError: Worker unexpectedly exits")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_that_kills_every_worker_is_given_up(
+    ray_compute: ComputeConfig, tmp_path: Path, workers: int
+) -> None:
+    toy = Toy(str(tmp_path))
+    compute = dataclasses.replace(ray_compute, workers=workers)
+    outcomes = {o.job: o for o in executor(compute).run(toy.die_always, range(8))}
+    assert toy.count("ran-3") == outcomes[3].attempts == compute.max_attempts
+    with pytest.raises(WorkerLostError, match=r"3 was tried 3 times.*lower compute\.memory_gb"):
+        outcomes.pop(3).value()
+    assert {job: outcome.value() for job, outcome in outcomes.items()} == {
+        job: job**2 for job in range(8) if job != 3
+    }
+
+
+def test_a_worker_killed_from_outside_is_replaced(
+    ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    toy = Toy(str(tmp_path))
+    outcomes = executor(ray_compute).run(toy.slow, range(8))
+    values = [next(outcomes).value()]
+    running = next(iter(tmp_path.glob("ran-*"))).read_text().split()[0]
+    os.kill(int(running), signal.SIGKILL)
+    values += [outcome.value() for outcome in outcomes]
+    assert sorted(values) == [job**2 for job in range(8)]
+
+
+def test_workers_that_die_while_they_start_end_the_run(ray_compute: ComputeConfig) -> None:
+    with pytest.raises(WorkerLostError, match="3 workers in a row died before they had loaded"):
+        list(executor(ray_compute).run(Toy().die_at_start, range(4)))
+
+
+def test_at_most_in_flight_jobs_wait_at_a_worker(
+    ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    from raykernel.compute import ray_executor
+
+    toy, depths = Toy(str(tmp_path)), []
+
+    class Watched(ray_executor._Pool):  # type: ignore[misc, type-arg]
+        def _feed(self) -> None:
+            super()._feed()
+            depths.extend(len(actor.jobs) for actor in self.actors)
+
+    make = ray_executor.ray.put(toy.start)
+    queue = ray_executor.deque(ray_executor._Job(job) for job in range(12))
+    pool = Watched(ray_compute, print, make, queue, local=True)
+    assert len(list(pool.outcomes())) == 12
+    pool.kill()
+    assert max(depths) == ray_compute.in_flight
+
+
+def test_a_result_that_cannot_travel_fails_its_job_alone(ray_compute: ComputeConfig) -> None:
+    outcomes = {o.job: o for o in executor(ray_compute).run(Toy().unpicklable, range(5))}
+    with pytest.raises(RunError, match="cannot pickle"):
+        outcomes.pop(3).value()
+    assert outcomes[4].value() == 16
+
+
+def test_resources_that_no_node_has_are_refused(ray_compute: ComputeConfig) -> None:
+    compute = dataclasses.replace(ray_compute, num_gpus=1.0)
+    made = executor(compute)
+    made._local = True
+    with pytest.raises(InputError, match=r"asks for 1 CPU and 1 GPU, and no node .* 0 GPU"):
+        next(made.run(Toy().start, range(3)))
+
+
+@pytest.mark.parametrize(("device", "num_gpus"), [("cuda:1", 1.0), ("cuda", 0.0)])
+def test_devices_that_ray_hides_are_refused(
+    ray_compute: ComputeConfig, device: str, num_gpus: float
+) -> None:
+    compute = dataclasses.replace(ray_compute, device=device, num_gpus=num_gpus)
+    with pytest.raises(InputError, match=r"compute.device.*Set compute\."):
+        executor(compute)
+
+
+def test_the_callers_instance_is_left_running(ray_compute: ComputeConfig) -> None:
+    import ray
+
+    executor(ray_compute).close()
+    assert ray.is_initialized()
+
+
+# ------------------------------------------------------------------ addresses
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head", "head:x"])
+def test_an_address_of_another_form_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match=r"expected auto or HOST:PORT.*ray job submit"):
+        check_address(address)
+
+
+def test_an_address_where_nothing_answers_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raykernel.compute.address.ANSWER_SECONDS", 3.0)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="no Ray cluster answered in 3 s"):
+        check_address("127.0.0.1:1")
+    assert time.monotonic() - start < 10
+
+
+def test_a_cluster_that_answers_is_accepted() -> None:
+    import ray
+
+    check_address(ray.get_runtime_context().gcs_address)
+
+
+# ------------------------------------------------------------------ drivers of their own
+
+
+def driver(code: str, folder: Path, **extra: str) -> subprocess.Popen[str]:
+    """A process that starts a cluster of its own."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_"))}
+    path = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        env=environ | {"PYTHONPATH": path, "HOME": str(folder)} | extra,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+ENDLESS = """
+import sys
+from tests.compute.toy_workers import Toy
+from raykernel.compute.ray_executor import RayExecutor
+from raykernel.config import ComputeConfig
+from raykernel.terms import ExecutorName
+executor = RayExecutor(ComputeConfig(executor=ExecutorName.ray))
+try:
+    list(executor.run(Toy(sys.argv[1]).endless, range(2)))
+finally:
+    executor.close()
+    print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_process_outlives_its_driver(tmp_path: Path, name: str) -> None:
+    with driver(ENDLESS, tmp_path) as process:
+        wait_for(lambda: (tmp_path / "running").exists(), seconds=60)
+        others = psutil.Process(process.pid).children(recursive=True)
+        worker = int((tmp_path / "running").read_text().split()[0])
+        assert worker in {other.pid for other in others}
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=60)
+        assert process.returncode != 0
+    if name != "SIGKILL":
+        assert "closed" in out
+    if name == "SIGINT":
+        assert "KeyboardInterrupt" in err
+    # Ray's own agents notice the loss of a killed driver after a minute; what computes, at once.
+    wait_for(lambda: not any(alive(other) for other in others if other.pid == worker), seconds=20)
+    if name != "SIGKILL":
+        wait_for(lambda: not any(alive(other) for other in others), seconds=20)
+    # Authentication was on, and Ray has left no token in the home directory.
+    assert not (tmp_path / ".ray").exists()
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+LOST_NODE = """
+import sys, threading, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from tests.compute.toy_workers import Toy
+from raykernel.compute.ray_executor import RayExecutor
+from raykernel.config import ComputeConfig
+from raykernel.terms import ExecutorName
+fast = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200,
+        "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+cluster = Cluster(initialize_head=True, head_node_args={
+    "num_cpus": 0, "object_store_memory": 100 * 2**20, "_system_config": fast})
+nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
+compute = ComputeConfig(executor=ExecutorName.ray, workers=2, address=cluster.address)
+executor = RayExecutor(compute, say=lambda text: print("said", text))
+outcomes = executor.run(Toy(sys.argv[1]).slow, range(16))
+values = [next(outcomes).value() for _ in range(4)]
+cluster.remove_node(nodes[0], allow_graceful=False)
+print("said", "killed")
+values += [outcome.value() for outcome in outcomes]
+assert sorted(values) == [job**2 for job in range(16)], values
+executor.close()
+cluster.shutdown()
+print("complete", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_time_only(tmp_path: Path) -> None:
+    with driver(LOST_NODE, tmp_path, RAY_AUTH_MODE="disabled") as process:
+        out, err = process.communicate(timeout=120)
+    assert "complete" in out, err[-3000:]
+    assert "A worker died" in out

@@ -1,0 +1,191 @@
+"""Cells become stored blocks: the same numbers whoever computes them, and never twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raykernel.compute.executor import InlineExecutor
+from raykernel.compute.worker import Worker, WorkerSpec
+from raykernel.config import ComputeConfig, ModelConfig
+from raykernel.errors import InputError
+from raykernel.ntk.empirical import empirical_kernel
+from raykernel.problem.models import load_problem
+from raykernel.problem.prompts import collate
+from raykernel.store.grid import Cell
+from raykernel.terms import Precision
+from tests.compute.tiny_problem import handle_of, make_spec, save_model, texts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def complete(spec: WorkerSpec) -> list[Cell]:
+    """Compute what is missing, in this process."""
+    outcomes = InlineExecutor().run(spec.blocks, handle_of(spec).missing())
+    return [outcome.job for outcome in outcomes if not outcome.value().already_stored]
+
+
+def files(spec: WorkerSpec) -> dict[str, tuple[bytes, ...]]:
+    """Numbers of every stored file, as bytes."""
+    handle = handle_of(spec)
+    found = {
+        f"{cell.i}-{cell.j}": (np.ascontiguousarray(handle.read_block(cell).values).tobytes(),)
+        for cell in handle.grid.cells()
+    }
+    return found | {"logits": (handle.logits().tobytes(),)}
+
+
+def test_blocks_hold_the_empirical_kernel(tmp_path: Path, model: ModelConfig) -> None:
+    spec = make_spec(tmp_path, model, precision=Precision.float64, batch_size=3)
+    complete(spec)
+    problem = load_problem(
+        model, spec.parameters, label_ids=(7, 9), num_labels=2, precision=Precision.float64
+    )
+    rows, cols = collate(spec.encoded, range(11)), collate(spec.encoded, range(6))
+    expected = empirical_kernel(problem.module, problem.readout, rows, cols)["sgd"]
+    handle = handle_of(spec)
+    assert handle.groups() == list(expected)
+    for group, found in handle.group_kernels():
+        block = expected[group]
+        # float64: what batches and padding change is rounding.
+        np.testing.assert_allclose(found, block.numpy(), rtol=1e-9, atol=1e-9 * block.abs().max())
+    logits = problem.readout(problem.module, rows).detach().numpy()
+    np.testing.assert_allclose(handle.logits(), logits, rtol=1e-9, atol=1e-12)
+
+
+def test_a_second_run_computes_nothing(tmp_path: Path, model: ModelConfig) -> None:
+    spec = make_spec(tmp_path, model)
+    cells = handle_of(spec).grid.cells()
+    assert complete(spec) == cells
+    assert complete(spec) == []
+    receipts = [outcome.value() for outcome in InlineExecutor().run(spec.blocks, cells)]
+    assert all(receipt.already_stored and receipt.num_bytes == 0 for receipt in receipts)
+
+
+def test_a_damaged_block_is_computed_again(tmp_path: Path, model: ModelConfig) -> None:
+    spec = make_spec(tmp_path, model)
+    complete(spec)
+    before, path = files(spec), next(handle_of(spec).path.glob("block-*"))
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    outcomes = InlineExecutor().run(spec.blocks, handle_of(spec).grid.cells())
+    assert sum(not outcome.value().already_stored for outcome in outcomes) == 1
+    assert files(spec) == before
+
+
+def test_resumed_in_any_order_is_the_same_to_the_bit(tmp_path: Path, model: ModelConfig) -> None:
+    whole, resumed = (make_spec(tmp_path / name, model) for name in ("whole", "resumed"))
+    complete(whole)
+    cells = handle_of(resumed).missing()
+    for some in (cells[5:2:-1], cells[::-1]):
+        list(InlineExecutor().run(resumed.blocks, some))
+    assert files(resumed) == files(whole)
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_size": 3}, {"block_size": 16}, {"batch_size": 1}, {"batch_size": 2}]
+)
+def test_block_and_batch_size_change_rounding_only(
+    tmp_path: Path, model: ModelConfig, change: dict[str, int]
+) -> None:
+    kernels = []
+    for name, options in (("a", {}), ("b", change)):
+        spec = make_spec(tmp_path / name, model, precision=Precision.float64, **options)
+        complete(spec)
+        kernels.append(handle_of(spec).kernel())
+    scale = np.abs(kernels[0]).max()
+    np.testing.assert_allclose(kernels[1], kernels[0], rtol=0, atol=1e-12 * scale)
+
+
+def test_chunks_that_do_not_fill_a_block_change_rounding_only(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little memory: chunks of one pass, columns captured in turn."""
+    specs = [
+        make_spec(tmp_path / name, model, precision=Precision.float64, block_size=6, batch_size=2)
+        for name in ("a", "b")
+    ]
+    complete(specs[0])
+    worker = Worker(specs[1])
+    sizes = worker._sizes
+    monkeypatch.setattr(worker, "_sizes", type(sizes)(2, 2, 4, 1, sizes.peak_bytes))
+    for cell in handle_of(specs[1]).missing():
+        worker.compute(cell)
+    kernels = [handle_of(spec).kernel() for spec in specs]
+    scale = np.abs(kernels[0]).max()
+    np.testing.assert_allclose(kernels[1], kernels[0], rtol=0, atol=1e-12 * scale)
+    assert handle_of(specs[0]).logits().tobytes() == handle_of(specs[1]).logits().tobytes()
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(
+    tmp_path: Path, model: ModelConfig
+) -> None:
+    spec = make_spec(tmp_path, model, memory_gb=0.1)
+    with pytest.raises(InputError, match=r"memory_gb: found 0.1, expected at least 0\.\d+ GiB"):
+        complete(spec)
+
+
+def test_plan_says_how_without_computing(tmp_path: Path, model: ModelConfig) -> None:
+    spec = make_spec(tmp_path, model)
+    plan = Worker(spec).plan()
+    assert len(handle_of(spec).missing()) == len(handle_of(spec).grid.cells())
+    assert (plan.sizes.batch, plan.sizes.rows, plan.sizes.cols) == (4, 4, 4)
+    assert plan.footprint.forward >= plan.footprint.factors > 0
+    assert plan.capture_flops > 0
+    assert plan.block_flops > 0
+    query = next(name for name in plan.methods if name.endswith("attention.self.query"))
+    assert set(plan.methods[query].split("+")) <= {"direct", "factored", "rows"}
+    assert "lookup" in "+".join(plan.methods.values())
+    assert plan.num_parameters > 1000
+
+
+# ------------------------------------------------------------------ on Ray
+
+
+@pytest.fixture
+def ray_run(ray_instance: None, ray_compute: ComputeConfig) -> Callable[..., Iterator[object]]:
+    from raykernel.compute.ray_executor import RayExecutor
+
+    return RayExecutor(ray_compute).run
+
+
+@pytest.mark.ray
+def test_inline_and_ray_give_the_same_bits(
+    tmp_path: Path, model: ModelConfig, ray_run: Callable[..., Iterator[object]]
+) -> None:
+    inline, ray = (make_spec(tmp_path / name, model) for name in ("inline", "ray"))
+    complete(inline)
+    receipts = [outcome.value() for outcome in ray_run(ray.blocks, handle_of(ray).missing())]
+    assert {receipt.process for receipt in receipts}.isdisjoint({os.getpid()})
+    assert all(receipt.peak_memory_bytes > 2**28 for receipt in receipts)
+    assert files(ray) == files(inline)
+
+
+@pytest.mark.ray
+def test_killed_and_resumed_gives_the_same_bits(
+    tmp_path: Path, model: ModelConfig, ray_run: Callable[..., Iterator[object]]
+) -> None:
+    whole, killed = (
+        make_spec(tmp_path / name, model, num_train=8, num_rows=24, block_size=2)
+        for name in ("whole", "killed")
+    )
+    complete(whole)
+    outcomes = ray_run(killed.blocks, handle_of(killed).missing())
+    os.kill(next(outcomes).value().process, 9)
+    list(outcomes)
+    assert handle_of(killed).missing() == []
+    assert files(killed) == files(whole)
+
+
+def test_longest_texts_decide_the_sizes(tmp_path: Path, model: ModelConfig) -> None:
+    short = Worker(make_spec(tmp_path / "a", model, encoded=texts(11, longest=12)))
+    long = Worker(make_spec(tmp_path / "b", model, encoded=texts(11, shortest=90, longest=99)))
+    assert long.plan().footprint.forward > 5 * short.plan().footprint.forward
