@@ -215,9 +215,11 @@ def tool_verify(arguments: list[str]) -> int:
     )
     store_option(parser)
     options = parser.parse_args(arguments)
-    from raykernel.store.verify import show_report, verify
+    from raykernel.store.verify import verify
 
-    return show_report(verify(store_path(options.store), remove=options.remove))
+    report = verify(store_path(options.store), remove=options.remove)
+    print(report)
+    return 0 if report.ok else 1
 
 
 RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {

@@ -29,7 +29,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from raykernel.config import RunConfig
 from raykernel.errors import InputError, nearest
@@ -198,6 +198,8 @@ def explain(error: Exception, arguments: list[str]) -> str:
         key = re.sub(r".*'([^']+)'.*", r"\1", str(error))
         return f"Unknown key {key!r} after '+': {near_keys(key)}"
     key = getattr(cause, "full_key", None)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: found nothing, expected a value: {key}=..."
     text = first_line(cause or error) if key else str(error).strip()
     return f"{key}: {text}." if key else f"{text} (in: {' '.join(arguments)})"
 

@@ -24,6 +24,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+PIPED_WIDTH = 140
+"""Columns of a table where no terminal says how many there are."""
+
 LINE_SECONDS = 10.0
 """Piped output gets a progress line at most this often."""
 
@@ -33,6 +36,8 @@ class Screen:
 
     def __init__(self) -> None:
         self.out = Console(highlight=False, soft_wrap=True)
+        if not self.out.is_terminal:
+            self.out.width = PIPED_WIDTH
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -85,7 +90,15 @@ class Screen:
         """Print a table to standard output; plain where it is piped."""
         table = Table(title=title or None, title_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
+            numeric = rows and all(is_number(row[number]) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
+
+    def facts(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """Print names and values, one pair a line."""
+        table = Table(title=title or None, title_justify="left", show_header=False)
         for row in rows:
             table.add_row(*row)
         self.out.print(table)
@@ -117,6 +130,15 @@ class PlainProgress:
         rate = self.done / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate
         self.say(f"{self.text}: {self.done}/{self.total}, {rate:.2f}/s, {duration(left)} left")
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is empty or holds a number."""
+    try:
+        float(text or 0)
+    except ValueError:
+        return False
+    return True
 
 
 def duration(seconds: float) -> str:

@@ -8,27 +8,34 @@ blocks from the store.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.metadata
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from raykernel.analysis.regression import RegressionResult, SplitData, kernel_regression
-from raykernel.compute.executor import open_executor
+from raykernel.compute.executor import Executor, InlineExecutor, versions
 from raykernel.compute.worker import WorkerSpec
-from raykernel.config import Json, RunConfig, canonical_json, fingerprint, plain
+from raykernel.config import ComputeConfig, Json, PromptText, RunConfig, canonical_json, differences, fingerprint, plain
 from raykernel.console import Screen, duration, size
-from raykernel.errors import InputError, StoreMismatchError
-from raykernel.problem.models import load_tokenizer, max_positions, model_identity, prepare_model
+from raykernel.errors import InputError, RaykernelError, StoreMismatchError
+from raykernel.problem.models import (
+    check_model,
+    load_tokenizer,
+    max_positions,
+    model_identity,
+    prepare_model,
+)
 from raykernel.problem.probe import fit_head
 from raykernel.problem.prompts import Encoded, Prompt, encode, resolve_prompt
 from raykernel.problem.tasks import Data, load_data
 from raykernel.store.grid import Grid
-from raykernel.store.kernels import KernelHandle, Store
-from raykernel.terms import Architecture, Kind, Precision, PromptStyle, Split
+from raykernel.store.blocks import Store
+from raykernel.store.kernels import KernelHandle
+from raykernel.terms import ExecutorName, Kind, Precision, PromptStyle, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,8 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
     store = Store(config.store.path)
     for kind, result in results.items():
         store.write_result("kernels", result_row(prepared, completion, kind, result, overrides))
-    return Outcome(prepared, completion, results, config.store.path, handle.num_bytes())
+    kept = sum(file.stat().st_size for file in handle.path.iterdir())
+    return Outcome(prepared, completion, results, config.store.path, kept)
 
 
 def prepare(config: RunConfig, screen: Screen) -> Prepared:
@@ -104,16 +112,11 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
     Raises:
         InputError: if configuration, data, template or model name are wrong.
     """
-    if config.prompt.style is not PromptStyle.none:
-        if config.model.architecture is Architecture.encoder:
-            raise InputError(
-                f"model {config.model.name!r} is an encoder without a language-model head, so it "
-                "answers no prompt. Use prompt=none (a linear head), or another model."
-            )
     data = load_data(config.task)
     prompt = resolve_prompt(config.task, config.prompt, data.labels)
-    with screen.stage(f"Preparing {config.model.name}"):
-        prepare_model(config.model)
+    # A branch name of the hub becomes a commit here, so that all workers load the same weights.
+    config = replace(config, model=prepare_model(config.model))
+    check_model(config.model, has_prompt=config.prompt.style is not PromptStyle.none)
     tokenizer = load_tokenizer(config.model)
     encoded = encode(
         data,
@@ -125,11 +128,6 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
     )
     for note in (*data.notes, *encoded.notes):
         screen.say(f"Note: {note}")
-    if encoded.truncated:
-        screen.say(
-            f"Note: {encoded.truncated} of {len(data.examples)} texts are cut to fit "
-            f"{config.task.max_length} tokens (task.max_length)."
-        )
     grid = Grid(
         num_cols=len(data.splits[Split.train]),
         num_rows=len(data.examples),
@@ -147,6 +145,7 @@ def identity_of(
     that two kernels can be compared field by field.
     """
     task = config.task
+    own = task.prompts.get(config.prompt.style.value, PromptText())
     tokens = [encoded.input_ids, encoded.token_type_ids, encoded.position, encoded.label_ids]
     return {
         "task": {
@@ -160,7 +159,7 @@ def identity_of(
         },
         "prompt": {
             "style": config.prompt.style.value,
-            "template": prompt.template,
+            "template": config.prompt.template or own.template,
             "words": list(prompt.words),
             "tokens": hashlib.sha256(canonical_json(tokens).encode()).hexdigest()[:16],
         },
@@ -182,16 +181,36 @@ def open_kernel(prepared: Prepared) -> KernelHandle:
     Raises:
         StoreMismatchError: if `store.kernel` asks for another kernel.
     """
-    config = prepared.config.store
-    store = Store(config.path)
-    if config.kernel is not None and not prepared.fingerprint.startswith(config.kernel):
-        wanted = store.open(config.kernel).identity
-        raise StoreMismatchError.of_fields(wanted, prepared.identity, config.kernel)
+    config = prepared.config
+    store = Store(config.store.path)
+    pinned = config.store.kernel
+    if pinned is not None and not prepared.fingerprint.startswith(pinned):
+        stored = store.open(pinned)
+        raise StoreMismatchError(
+            f"store.kernel={pinned}: this run would be kernel {prepared.fingerprint}. Fields that "
+            f"differ:\n{show_differences(stored.identity, prepared.identity)}\n"
+            "Change the configuration back, or drop store.kernel to compute a kernel of its own."
+        )
+    return begin_kernel(prepared, store)
+
+
+def begin_kernel(prepared: Prepared, store: Store) -> KernelHandle:
+    """Make the kernel's folder in a store, or open it."""
+    double = prepared.config.kernel.precision is Precision.float64
     return store.begin(
         prepared.identity,
         grid=prepared.grid,
         num_outputs=len(prepared.data.labels),
         examples=example_table(prepared.data),
+        dtype="float64" if double else "float32",
+    )
+
+
+def show_differences(stored: Json, wanted: Json) -> str:
+    """One line per field in which two identities differ."""
+    return "\n".join(
+        f"  {path}: stored {there!r}, this run {here!r}"
+        for path, there, here in differences(stored, wanted)
     )
 
 
@@ -242,18 +261,55 @@ def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Comple
     screen.say(f"{total - len(missing)} of {total} blocks are stored: computing {len(missing)}.")
     start, peak = time.monotonic(), 0
     spec = worker_spec(prepared)
-    with open_executor(spec, screen.say) as executor:
+    with contextlib.closing(open_executor(prepared.config.compute, screen)) as executor:
         if not prepared.encoded.label_ids and handle.read_head() is None:
-            train = prepared.data.splits[Split.train]
             with screen.stage("Fitting the linear probe"):
-                features = executor.features(train)
-                labels = example_labels(prepared.data)[train.start : train.stop]
-                handle.write_head(*fit_head(features, labels, len(prepared.data.labels)))
+                write_probe(prepared, handle, executor)
+        failed: RaykernelError | None = None
         with screen.progress("blocks", len(missing)) as advance:
-            for receipt in executor.compute(missing):
-                peak = max(peak, receipt.peak_memory_bytes)
+            for outcome in executor.run(spec.blocks, missing):
+                if isinstance(outcome.error, InputError):
+                    raise outcome.error  # the same input fails everywhere
+                if outcome.result is None:
+                    failed = outcome.error
+                    screen.say(f"Block {outcome.job.i}, {outcome.job.j} failed: {failed}")
+                else:
+                    peak = max(peak, outcome.result.peak_memory_bytes)
                 advance(1)
+    if failed is not None:
+        raise failed
     return Completion(total, len(missing), time.monotonic() - start, peak)
+
+
+def open_executor(compute: ComputeConfig, screen: Screen) -> Executor:
+    """The executor that the configuration names.
+
+    Args:
+        compute: where to compute.
+        screen: where lost workers are reported.
+
+    Returns:
+        An executor to be closed.
+    """
+    if compute.executor is ExecutorName.inline:
+        return InlineExecutor()
+    # Ray takes seconds to import, and an inline run needs none of it.
+    from raykernel.compute.ray_executor import RayExecutor
+
+    with screen.stage("Starting Ray" if compute.address is None else "Joining Ray"):
+        return RayExecutor(compute, say=screen.say)
+
+
+def write_probe(prepared: Prepared, handle: KernelHandle, executor: Executor) -> None:
+    """Fit the linear probe on train and store it: it is part of theta_0.
+
+    Malladi et al. 2023, section 5: standard fine-tuning and its kernel start from a linear probe.
+    """
+    train = prepared.data.splits[Split.train]
+    (outcome,) = executor.run(worker_spec(prepared).features, [train])
+    labels = example_labels(prepared.data)[train.start : train.stop]
+    head = fit_head(outcome.value(), labels, len(prepared.data.labels))
+    handle.write_head(head.weight, head.bias)
 
 
 def example_labels(data: Data) -> np.ndarray:
@@ -299,7 +355,7 @@ def result_row(
     kind: Kind,
     result: RegressionResult,
     overrides: tuple[str, ...],
-) -> dict[str, Json]:
+) -> dict[str, object]:
     """One row of the table `kernels`."""
     config, data = prepared.config, prepared.data
     probe = config.prompt.style is PromptStyle.none
@@ -308,7 +364,6 @@ def result_row(
         "task": config.task.name,
         "model": config.model.name,
         "prompt": config.prompt.style.value,
-        "parameters": config.parameters.method.value,
         "kind": kind.value,
         "precision": config.kernel.precision.value,
         "k": config.task.k,
@@ -321,17 +376,16 @@ def result_row(
         "zero_shot": None if probe else result.zero_shot,
         "linear_probe": result.zero_shot if probe else None,
         "kernel_regression": result.test_score,
-        "dev_score": result.dev_score,
+        "dev": result.dev_score,
         "ridge": result.ridge,
         "f0_scaling": result.f0_scaling,
-        "condition_number": result.condition_number,
-        "groups": ",".join(config.solver.groups) or "all",
+        "groups": config.solver.groups,
         "blocks_total": completion.blocks_total,
         "blocks_computed": completion.blocks_computed,
         "seconds": completion.seconds,
         "peak_memory_bytes": completion.peak_memory_bytes,
-        "overrides": " ".join(overrides),
-        "version": importlib.metadata.version("raykernel"),
+        "overrides": list(overrides),
+        "versions": canonical_json(versions()),
         "solver": canonical_json(config.solver),
         "identity": canonical_json(prepared.identity),
     }

@@ -94,7 +94,8 @@ def chunk_sizes(footprint: Footprint, compute: ComputeConfig, *, block_size: int
         InputError: if one row against one column does not fit.
     """
     limit = int(compute.memory_gb * GIB)
-    fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES
+    # A block exists as tensors, as the stack of all groups, and as the file's buffer.
+    fixed = footprint.weights + 3 * footprint.output + GRAM_BYTES
     fixed += CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
     def sized(batch: int, rows: int, cols: int, resident: int) -> Sizes:

@@ -33,9 +33,9 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 import ray
 from ray import exceptions as ray_errors
 
+from raykernel.compute import trouble
 from raykernel.compute.address import TOKEN_HINT, check_address
 from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, attempt, versions
-from raykernel.compute.losses import advice, cause_of, missing_module, transport_error
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError, RunError, WorkerLostError
 
@@ -67,7 +67,7 @@ class RayExecutor:
         Raises:
             InputError: if no cluster answers at the address, or the device does not fit Ray.
         """
-        _check_device(compute)
+        trouble.check_device(compute)
         self._compute = compute
         self._say = say
         self._ours = not ray.is_initialized()
@@ -112,22 +112,6 @@ class RayExecutor:
 
 
 # ------------------------------------------------------------------ the cluster
-
-
-def _check_device(compute: ComputeConfig) -> None:
-    """Refuse devices that Ray would hide from the worker."""
-    if not compute.device.startswith("cuda"):
-        return
-    if compute.device != "cuda":
-        raise InputError(
-            f"compute.device: found {compute.device}, expected cuda: Ray chooses a worker's GPU "
-            "and shows it no other. Set compute.device=cuda."
-        )
-    if compute.num_gpus == 0:
-        raise InputError(
-            "compute.device=cuda with compute.num_gpus=0: Ray shows such a worker no GPU. Set "
-            "compute.num_gpus=1, or a fraction to share a GPU between workers."
-        )
 
 
 def _start_cluster(compute: ComputeConfig) -> None:
@@ -280,7 +264,7 @@ class _Pool(Generic[JobT, ResultT]):
         except ray_errors.RayTaskError as error:
             # Not our code, which turns exceptions into data: arguments or results that do not
             # unpickle, because the package is missing or another one on the node.
-            failed = transport_error(error)
+            failed = trouble.transport_error(error)
             if reference is actor.greeting:
                 raise failed from error
             yield _outcome(actor.jobs.pop(reference), failed)
@@ -315,15 +299,15 @@ class _Pool(Generic[JobT, ResultT]):
         """Write an actor off and requeue its jobs."""
         self.actors.remove(actor)
         _kill(actor)
-        cause = cause_of(error)
+        cause = trouble.cause_of(error)
         if not actor.ready:
             self.lost_starts += 1
-            if unpacked := missing_module(error):
+            if unpacked := trouble.missing_module(error):
                 raise unpacked from error
             if self.lost_starts >= self.compute.max_attempts:
                 raise WorkerLostError(
                     f"{self.lost_starts} workers in a row died before they had loaded the model "
-                    f"({cause}). {advice(self.compute)}"
+                    f"({cause}). {trouble.advice(self.compute)}"
                 ) from error
         waiting: list[_Job[JobT]] = []
         charged = False
@@ -341,7 +325,7 @@ class _Pool(Generic[JobT, ResultT]):
                     self.queue.append(job)  # at the end: should it kill again, the rest is done
                 else:
                     text = f"{job.job} was tried {job.attempts} times, each time its worker died"
-                    lost = WorkerLostError(f"{text} ({cause}). {advice(self.compute)}")
+                    lost = WorkerLostError(f"{text} ({cause}). {trouble.advice(self.compute)}")
                     yield _outcome(job, lost)
         self.queue.extendleft(reversed(waiting))
 
@@ -349,19 +333,10 @@ class _Pool(Generic[JobT, ResultT]):
 
     def _compare_versions(self, there: dict[str, str]) -> None:
         """Say once where a node runs other versions than the driver; refuse another raykernel."""
-        differing = [
-            f"{name} {there.get(name)} (here {here})"
-            for name, here in versions().items()
-            if there.get(name) != here
-        ]
-        if not differing:
-            return
-        text = f"node {there['node']} runs " + ", ".join(differing)
-        if any(entry.startswith("raykernel ") for entry in differing):
-            raise InputError(f"{text}. Install the same raykernel on every node.")
-        if text not in self.told_versions:
+        text = trouble.version_note(versions(), there)
+        if text and text not in self.told_versions:
             self.told_versions.add(text)
-            self.say(f"Note: {text}; its blocks may differ in rounding.")
+            self.say(text)
 
     def _check_silence(self) -> None:
         """After a while without news, say what is pending."""
@@ -375,8 +350,8 @@ class _Pool(Generic[JobT, ResultT]):
         if waiting:
             free = cast(Any, ray).available_resources()
             self.say(
-                f"{waiting} workers wait for {self._asked()} each; free in the cluster: "
-                f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU."
+                f"{waiting} workers wait for {trouble.asked(self.compute)} each; free in the "
+                f"cluster: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU."
             )
         if loading:
             self.say(f"{loading} workers are loading the model.")
@@ -386,27 +361,12 @@ class _Pool(Generic[JobT, ResultT]):
         if any(actor.placed for actor in self.actors):
             return
         nodes = [node["Resources"] for node in cast(Any, ray).nodes() if node["Alive"]]
-        if any(self._fits(node) for node in nodes):
+        problem = trouble.unplaceable(self.compute, nodes)
+        if problem is None:
             return
-        most = [max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")]
-        text = (
-            f"a worker asks for {self._asked()}, and no node of the cluster has them: the most "
-            f"are {most[0]:g} CPU and {most[1]:g} GPU. Lower compute.num_cpus and compute.num_gpus"
-        )
         if self.local or waited >= PLACE_SECONDS:
-            raise InputError(f"{text}, or use a larger machine.")
-        self.say(f"{text}, or wait for an autoscaler ({PLACE_SECONDS - waited:.0f} s more).")
-
-    def _fits(self, node: dict[str, float]) -> bool:
-        """Whether an empty node could hold one worker."""
-        return (
-            node.get("CPU", 0) >= self.compute.num_cpus
-            and node.get("GPU", 0) >= self.compute.num_gpus
-        )
-
-    def _asked(self) -> str:
-        """A worker's resources."""
-        return f"{self.compute.num_cpus:g} CPU and {self.compute.num_gpus:g} GPU"
+            raise InputError(f"{problem}, or use a larger machine.")
+        self.say(f"{problem}, or wait for an autoscaler ({PLACE_SECONDS - waited:.0f} s more).")
 
 
 def _references(actor: _Actor[JobT]) -> list[Any]:

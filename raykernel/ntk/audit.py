@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raykernel.errors import NonFiniteError
+from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.factors import Part
-from raykernel.ntk.local import Batch, Readout, requiring_gradients
+from raykernel.ntk.local import requiring_gradients
 
 _SEPARATION_TOLERANCE = 1e-3
 

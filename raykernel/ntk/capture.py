@@ -3,7 +3,8 @@
 The pass goes over a whole batch as long as the model treats its examples apart; that is checked,
 and a model that does not (parameters projected once for the whole batch, tokens first, experts)
 is traced one example at a time. Parameters that no rule covers are differentiated through their
-module alone, or through the whole model. Either way the result is exact; only the cost differs.
+module alone; where that is not possible either, they need a gradient themselves in passes of one
+example, which is theirs. Either way the result is exact; only the cost differs.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ from torch import Tensor, nn
 
 from raykernel.errors import InputError
 from raykernel.ntk import audit
-from raykernel.ntk.factors import Part, compress, examples, join_calls, join_examples, num_bytes
+from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
+from raykernel.ntk.factors import (
+    Part,
+    compress,
+    examples,
+    join_calls,
+    join_examples,
+    num_bytes,
+    one_example,
+)
 from raykernel.ntk.groups import ROOT, find_groups
-from raykernel.ntk.local import Batch, Readout, example, model_gradients, num_examples
 from raykernel.ntk.recorder import Call, Recorder, Recording, Watched
 
 Parts = dict[str, dict[str, tuple[Part, ...]]]
@@ -105,7 +114,7 @@ class Tracer:
         self._through_model: set[str] = set()
         self._audited: set[object] = set()
         self._clone = False
-        self._batched = True
+        self._apart = True
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -114,8 +123,8 @@ class Tracer:
 
     @property
     def batched(self) -> bool:
-        """Whether a batch is traced in one pass; false once examples turned out not to be apart."""
-        return self._batched
+        """Whether a batch is traced in one pass; false once examples have to be traced singly."""
+        return self._apart and not self._through_model
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -144,15 +153,14 @@ class Tracer:
         """
         n = check_batch(batch)
         with self._prepared():
-            if n > 1 and self._batched:
-                if not self._audited:
-                    self._trace(example(batch, 0))
+            if n > 1 and not self._audited:
+                self._trace_one(batch, 0)
+            if n > 1 and self.batched:
                 capture = self._trace(batch)
                 if capture is not None:
                     return capture
-                self._batched = False
-            captures = [self._trace(example(batch, i)) for i in range(n)]
-            return Capture.concatenate([capture for capture in captures if capture is not None])
+                self._apart = False
+            return Capture.concatenate([self._trace_one(batch, i) for i in range(n)])
 
     def bytes_per_example(self, batch: Batch) -> int:
         """Peak memory of a pass over `batch` per example, in bytes, without the weights.
@@ -167,7 +175,7 @@ class Tracer:
         """
         check_batch(batch)
         with self._prepared():
-            self._trace(example(batch, 0))
+            self._trace_one(batch, 0)
             storages: dict[int, int] = {}
 
             def pack(tensor: Tensor) -> Tensor:
@@ -186,6 +194,11 @@ class Tracer:
         whole = sum(self._parameters[name].numel() for name in self._through_model)
         return sum(storages.values()) + calls + 2 * num_outputs * outputs + 4 * num_outputs * whole
 
+    def _trace_one(self, batch: Batch, index: int) -> Capture:
+        capture = self._trace(example(batch, index))
+        assert capture is not None
+        return capture
+
     def _trace(self, batch: Batch) -> Capture | None:
         """A capture in one pass, or None if the examples of the batch are not apart."""
         n = num_examples(batch)
@@ -196,6 +209,8 @@ class Tracer:
             if recording.uncovered:
                 for name, module in recording.uncovered.items():
                     self._demote(name, module)
+                if n > 1 and self._through_model:
+                    return None
                 continue
             capture = self._differentiate(recording, batch)
             pattern = _pattern(recording)
@@ -259,35 +274,35 @@ class Tracer:
         else:
             self._local.pop(name, None)
             self._through_model.add(name)
+            parameter.requires_grad_(True)
 
     def _differentiate(self, recording: Recording, batch: Batch) -> Capture | None:
         logits, calls = recording.logits, recording.calls
         if not self._is_separated(recording):
             return None
-        gradients = _gradients(logits, calls)
+        unruled = self._unruled()
+        gradients = _gradients(logits, [*(call.output for call in calls), *unruled.values()])
         found: dict[tuple[str, str], list[Part]] = {}
         for call in calls:
             of_call = gradients.pop(0)
-            if of_call is None:
-                continue
-            for name, part in call.build(of_call).items():
+            for name, part in (call.build(of_call) if of_call else {}).items():
                 found.setdefault((dict(call.groups)[name], name), []).append(part)
+        for name, of_parameter in zip(unruled, gradients, strict=True):
+            if of_parameter:
+                group = self._groups.owners[name][0]
+                found[group, name] = [one_example(of_parameter)]
         parts: Parts = {group: {} for group in self._groups.members}
         broken = None
         for (group, name), uses in found.items():
             compressed = [compress(part) for part in join_calls(uses)]
             parts[group][name] = tuple(part for part, _ in compressed)
             broken = broken if all(finite for _, finite in compressed) else group
-        parameters = {name: self._parameters[name] for name in sorted(self._through_model)}
-        if parameters:
-            rows = model_gradients(self._model, self._readout, batch, parameters)
-            for name, part in rows.items():
-                group = self._groups.owners[name][0]
-                parts[group][name] = (part,)
-                broken = broken if compress(part)[1] else group
         if broken is not None:
             audit.raise_non_finite(self._model, self._readout, batch, gradient_of=broken)
         return Capture(logits.detach(), parts, self._groups.crosses)
+
+    def _unruled(self) -> dict[str, nn.Parameter]:
+        return {name: self._parameters[name] for name in sorted(self._through_model)}
 
     def _is_separated(self, recording: Recording) -> bool:
         logits = recording.logits
@@ -322,14 +337,14 @@ class Tracer:
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        """No selected parameter needs a gradient, every module is in eval mode."""
+        """Only parameters without a rule need a gradient, every module is in eval mode."""
         training = {module: module.training for module in self._model.modules()}
         wanted = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
         try:
             for module in training:
                 module.training = False
-            for parameter in wanted:
-                parameter.requires_grad_(False)
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(name in self._through_model)
             with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
@@ -337,30 +352,6 @@ class Tracer:
                 module.training = mode
             for parameter, flag in wanted.items():
                 parameter.requires_grad_(flag)
-
-
-def check_batch(batch: Batch) -> int:
-    """Number of examples of a batch.
-
-    Args:
-        batch: tensors whose leading dimension is the examples.
-
-    Returns:
-        Their number n.
-
-    Raises:
-        InputError: if there are none, or the tensors disagree.
-    """
-    sizes = {key: value.shape[0] if value.dim() else None for key, value in batch.items()}
-    if len(set(sizes.values())) != 1 or None in sizes.values():
-        raise InputError(
-            f"leading dimensions of the batch: {sizes}, expected one number of examples in all. "
-            "Give every tensor one row per example."
-        )
-    n = next(iter(batch.values())).shape[0]
-    if n == 0:
-        raise InputError("the batch has no examples, expected at least one. Check what fills it.")
-    return n
 
 
 def _pattern(recording: Recording) -> object:
@@ -374,21 +365,20 @@ def _backward(scalar: Tensor, calls: Sequence[Call], *, keep: bool = True) -> li
     return list(torch.autograd.grad(scalar, outputs, retain_graph=keep, materialize_grads=True))
 
 
-def _gradients(logits: Tensor, calls: Sequence[Call]) -> list[list[Tensor] | None]:
-    """Gradient of every output by call; None where no output depends on it."""
-    if not logits.requires_grad or not calls:
-        return [None] * len(calls)
-    outputs = [call.output for call in calls]
+def _gradients(logits: Tensor, tensors: Sequence[Tensor]) -> list[list[Tensor] | None]:
+    """Gradient of every output by tensor; None where no output depends on it."""
+    if not logits.requires_grad or not tensors:
+        return [None] * len(tensors)
     c = logits.shape[1]
     by_output = [
-        torch.autograd.grad(logits[:, a].sum(), outputs, retain_graph=a < c - 1, allow_unused=True)
+        torch.autograd.grad(logits[:, a].sum(), tensors, retain_graph=a < c - 1, allow_unused=True)
         for a in range(c)
     ]
     found: list[list[Tensor] | None] = []
-    for call, *gradients in zip(calls, *by_output, strict=True):
+    for tensor, *gradients in zip(tensors, *by_output, strict=True):
         if all(gradient is None for gradient in gradients):
             found.append(None)
         else:
-            zeros = torch.zeros_like(call.output)
+            zeros = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand_as(tensor)
             found.append([zeros if gradient is None else gradient for gradient in gradients])
     return found

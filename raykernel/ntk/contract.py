@@ -34,6 +34,12 @@ MAX_BYTES = 1 << 28
 _CPU_TILE_BYTES = 1 << 22
 """A tile that is read back while it is still in a core's cache."""
 
+_CPU_TABLE_BYTES = 1 << 19
+"""The same for the factored way, which passes over its table three times."""
+
+_STRIP_ROWS = 32
+"""Rows below which a matrix product is too thin to be fast."""
+
 _FLOPS_PER_BYTE = 6.0
 """Floating-point operations of a matrix product in the time of one byte of elementwise traffic."""
 
@@ -175,9 +181,22 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
     total = left.gradients.new_zeros(shape, dtype=accumulator(left.gradients.dtype))
     for tile in _tiles(left, right, size):
         own = left.row_block(tile).flatten(2).flatten(0, 1)
-        other = own if right is left else right.row_block(tile).flatten(2).flatten(0, 1)
-        total.addmm_(own, other.mT)
-    return total
+        if left is right:
+            _add_upper(total, own)
+        else:
+            total.addmm_(own, right.row_block(tile).flatten(2).flatten(0, 1).mT)
+    return _mirrored(total) if left is right else total
+
+
+def _add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
+    """Add rows·rowsᵀ above the diagonal and on it, in strips: 5/8 of the operations for four."""
+    size = max(_STRIP_ROWS, -(-len(rows) // 4))
+    for start in range(0, len(rows), size):
+        total[start : start + size, start:].addmm_(rows[start : start + size], rows[start:].mT)
+
+
+def _mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+    return total.triu() + total.triu(1).mT
 
 
 def _tiles(left: Part, right: Part, size: int) -> Iterator[Int[Tensor, " s"] | slice]:
@@ -209,18 +228,20 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     n, c, t, _ = left.gradients.shape
     m, _, u, _ = right.gradients.shape
     dtype = accumulator(left.gradients.dtype)
-    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
+    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TABLE_BYTES)
     each = 4 * c * c * t * u
     num_right = max(1, min(m, tile_bytes // each))
     num_left = max(1, min(n, tile_bytes // (each * num_right)))
     total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
+    symmetric = left is right
     for i in range(0, n, num_left):
         a = left.inputs[i : i + num_left].to(dtype).flatten(0, 1)
         b = left.gradients[i : i + num_left].to(dtype).flatten(0, 2)
-        for j in range(0, m, num_right):
+        for j in range(i if symmetric else 0, m, num_right):
             a2 = right.inputs[j : j + num_right].to(dtype).flatten(0, 1)
             b2 = right.gradients[j : j + num_right].to(dtype).flatten(0, 2)
             inputs = (a @ a2.mT).view(-1, 1, t, a2.shape[0] // u, 1, u)
             table = (b @ b2.mT).view(-1, c, t, a2.shape[0] // u, c, u)
             total[i : i + num_left, :, j : j + num_right] = table.mul_(inputs).sum((2, 5))
-    return total.view(n * c, m * c)
+    block = total.view(n * c, m * c)
+    return _mirrored(block) if symmetric else block

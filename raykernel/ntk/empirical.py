@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raykernel.errors import InputError, nearest
-from raykernel.ntk.capture import Capture, Tracer, check_batch
+from raykernel.ntk.batches import check_batch
+from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.terms import Kind
 

@@ -76,21 +76,30 @@ class Lookup:
         """Gradient of these rows of the parameter."""
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=self.ids.device)
-        n, c, _, w = self.gradients.shape
-        place = torch.searchsorted(rows, self.ids).clamp_(max=len(rows) - 1)
-        found = rows[place] == self.ids
-        if self.ids.is_cuda:
-            # index_add_ adds atomically on CUDA, in any order; a product with the incidence
-            # matrix gives the same bits every time.
-            spread = (rows == self.ids.unsqueeze(-1)).to(accumulator(self.gradients.dtype))
-            return spread.mT.unsqueeze(1).matmul(_raised(self.gradients))
-        example, token = found.nonzero(as_tuple=True)
-        block = self.gradients.new_zeros(
-            (n * len(rows), c, w), dtype=accumulator(self.gradients.dtype)
-        )
-        source = _raised(self.gradients.transpose(1, 2)[example, token])
-        block.index_add_(0, example * len(rows) + place[example, token], source)
-        return block.view(n, len(rows), c, w).transpose(1, 2)
+        # index_add_ adds atomically on CUDA, in any order; the product gives the same bits.
+        scatter = lookup_by_product if self.ids.is_cuda else lookup_by_index
+        return scatter(self.ids, _raised(self.gradients), rows)
+
+
+def lookup_by_index(
+    ids: Int[Tensor, "n t"], gradients: Float[Tensor, "n c t w"], rows: Int[Tensor, " s"]
+) -> RowBlock:
+    """Gradients summed by id, for ascending rows: cost O(n·c·t·w), deterministic on a CPU."""
+    n, c, _, w = gradients.shape
+    place = torch.searchsorted(rows, ids).clamp_(max=len(rows) - 1)
+    example, token = (rows[place] == ids).nonzero(as_tuple=True)
+    block = gradients.new_zeros((n * len(rows), c, w))
+    source = gradients.transpose(1, 2)[example, token]
+    block.index_add_(0, example * len(rows) + place[example, token], source)
+    return block.view(n, len(rows), c, w).transpose(1, 2)
+
+
+def lookup_by_product(
+    ids: Int[Tensor, "n t"], gradients: Float[Tensor, "n c t w"], rows: Int[Tensor, " s"]
+) -> RowBlock:
+    """The same as a product with the incidence of ids: cost O(n·c·s·t·w), deterministic."""
+    incidence = (rows == ids.unsqueeze(-1)).to(gradients.dtype)
+    return incidence.mT.unsqueeze(1).matmul(gradients)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +142,13 @@ def num_bytes(part: Part) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def one_example(gradients: Sequence[Tensor]) -> Rows:
+    """The part of one example, from a parameter's gradient of every output."""
+    shape = gradients[0].shape
+    rows = torch.stack([gradient.flatten() for gradient in gradients]).unsqueeze(0)
+    return Rows(_raised(rows), shape[0] if shape else 1)
+
+
 def examples(part: Part, index: slice) -> Part:
     """The part of a contiguous range of its examples."""
     if isinstance(part, Product):
@@ -158,7 +174,7 @@ def compress(part: Part) -> tuple[Part, bool]:
         return part, bool(part.gradients.isfinite().all())
     if not part.gradients.numel():
         return part, True
-    peak = part.gradients.abs().amax(dim=(1, 3))
+    peak = torch.linalg.vector_norm(part.gradients, torch.inf, dim=(1, 3))
     num_alive = int((peak != 0).sum(1).max())
     finite = bool(peak.isfinite().all())
     t = peak.shape[1]

@@ -1,8 +1,8 @@
-"""Gradients of one example at a time, by plain autograd: where no rule applies."""
+"""Gradients of a module's own parameters by plain autograd: where no rule applies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from raykernel.ntk.factors import Rows, accumulator
-
-Batch = dict[str, Tensor]
-Readout = Callable[[nn.Module, Batch], Tensor]
 
 
 def module_gradients(
@@ -49,32 +46,6 @@ def module_gradients(
     return {name: _stack(rows, theta[name].shape) for name, rows in found.items()}
 
 
-def model_gradients(
-    model: nn.Module, readout: Readout, batch: Batch, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Rows]:
-    """Some parameters' gradients through the whole model, one example at a time.
-
-    Exact for any use of a parameter, at the cost of n forward and n·c backward passes.
-
-    Args:
-        model: the network; none of its parameters need a gradient.
-        readout: logits (n, c) of a batch.
-        batch: the examples.
-        parameters: by name.
-
-    Returns:
-        (n, c, p) by parameter name.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    with requiring_gradients(parameters.values()):
-        for i in range(num_examples(batch)):
-            logits = readout(model, example(batch, i))[0]
-            rows = _rows(logits, list(parameters.values()), list(torch.eye(len(logits)).to(logits)))
-            for name, row in zip(parameters, rows, strict=True):
-                found[name].append(row)
-    return {name: _stack(rows, parameters[name].shape) for name, rows in found.items()}
-
-
 @contextmanager
 def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Context in which these parameters need a gradient; afterwards they do not.
@@ -93,16 +64,6 @@ def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in chosen:
             parameter.requires_grad_(False)
-
-
-def num_examples(batch: Batch) -> int:
-    """Leading dimension of a batch."""
-    return next(iter(batch.values())).shape[0]
-
-
-def example(batch: Batch, index: int) -> Batch:
-    """A batch of one."""
-    return {key: value[index : index + 1] for key, value in batch.items()}
 
 
 def _example(value: Any, index: int, count: int) -> Any:

@@ -14,6 +14,7 @@ import pytest
 from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
+from tests.compute.tiny_problem import save_model
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -24,7 +25,8 @@ FOOTPRINT = Footprint(
 
 
 @pytest.mark.parametrize(
-    ("memory_gb", "batch_size", "block_size"), product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16])
+    ("memory_gb", "batch_size", "block_size"),
+    list(product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16])),
 )
 def test_sizes_fit_and_are_whole_passes_or_the_block(
     memory_gb: float, batch_size: int, block_size: int
@@ -79,8 +81,7 @@ start = time.monotonic()
 for cell in handle_of(spec).missing():
     receipt = work(cell)
 json.dump({"seconds": time.monotonic() - start, "peak": peak_resident_bytes(),
-           "receipt": receipt.peak_memory_bytes,
-           "sizes": str(work.__self__._sizes), "footprint": str(work.__self__._footprint)}, sys.stdout)
+           "receipt": receipt.peak_memory_bytes}, sys.stdout)
 """
 
 
@@ -95,13 +96,12 @@ def measure(folder: Path, model: str, num_rows: int, memory_gb: float) -> dict[s
 
 
 def test_memory_is_flat_and_time_linear_in_the_rows(tmp_path: Path) -> None:
-    from tests.compute.tiny_problem import save_model
-
     sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}
     model = save_model(tmp_path / "model", num_hidden_layers=8, **sizes).name
-    few, many = (measure(tmp_path / str(n), model, 8 + n, 1.25) for n in (8, 80))
+    few, many = (measure(tmp_path / str(n), model, 8 + n, 1.0) for n in (8, 80))
     assert few["receipt"] == few["peak"]
-    assert max(few["peak"], many["peak"]) < 1.25 * GIB
+    # The factors of all 88 examples (10 MiB each) would not fit beside the process.
+    assert max(few["peak"], many["peak"]) < 1.0 * GIB
     assert many["peak"] < few["peak"] + 64 * MIB
     # 2 cells against 11; half the seconds of a cell allowed for a busy machine.
     assert 11 / 2 / 2 < many["seconds"] / few["seconds"] < 11 / 2 * 2

@@ -296,7 +296,7 @@ def test_pieces_equal_the_whole(name):
         ("in_place", True),
         ("shared_positions", True),
         ("label_rows", True),
-        ("hidden_use", True),
+        ("hidden_use", False),
         ("tokens_first", False),
         ("tokens_first_square", False),
         ("experts", False),

@@ -17,6 +17,8 @@ from raykernel.ntk.factors import (
     compress,
     join_calls,
     join_examples,
+    lookup_by_index,
+    lookup_by_product,
 )
 from tests import cases, oracles
 
@@ -87,6 +89,16 @@ def test_factored_equals_direct(kind, n, m, t, u, max_bytes):
     own, other = make_part(kind, n, t, 0), make_part(kind, m, u, 0)
     one = factored(own, other, max_bytes=max_bytes)
     assert torch.allclose(one, direct(own, other, max_bytes=max_bytes), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=sizes, t=sizes, rows=st.sets(st.integers(0, VOCAB - 1), min_size=1))
+def test_both_ways_to_sum_by_token_agree(n, t, rows):
+    part = make_part("lookup", n, t, 0)
+    ascending = torch.tensor(sorted(rows))
+    expected = gradient(part).view(n, C, VOCAB, WIDTH)[:, :, ascending]
+    for sum_by_token in (lookup_by_index, lookup_by_product):
+        assert torch.allclose(sum_by_token(part.ids, part.gradients, ascending), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,219 @@
+"""Checks of environment and problem before money is spent.
+
+Wrong input ends in the same error as a run would give; what only costs or only surprises is shown
+in a table. The model is loaded here and a handful of examples is traced; no block is stored.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raykernel.compute.executor import versions
+from raykernel.compute.memory import GIB
+from raykernel.config import RunConfig
+from raykernel.console import Screen, size
+from raykernel.errors import InputError
+from raykernel.ntk.capture import Capture, Tracer
+from raykernel.ntk.contract import gram
+from raykernel.pipeline import Prepared, open_executor, prepare
+from raykernel.plan import plan_worker
+from raykernel.problem.models import Problem, load_problem, load_tokenizer
+from raykernel.problem.probe import Head
+from raykernel.problem.prompts import collate
+from raykernel.store.blocks import Store
+from raykernel.terms import ExecutorName, Precision
+
+TOLERANCE = {
+    Precision.float64: 1e-6,  # rotary angles and some norms are float32 inside transformers
+    Precision.float32: 1e-4,
+    Precision.tf32: 1e-2,
+    Precision.bfloat16: 1e-1,
+}
+"""Relative change of a kernel that company and padding of its examples may make by rounding."""
+
+DEAD = 1e-10
+"""A layer group below this part of the kernel's trace has no gradient but rounding noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def examine(config: RunConfig, screen: Screen) -> None:
+    """Run all checks and print them.
+
+    Args:
+        config: the run to be checked.
+        screen: where to print.
+
+    Raises:
+        InputError: if a check failed.
+    """
+    checks = [check_environment(config)]
+    prepared = prepare(config, screen)
+    checks += [check_label_words(prepared), check_truncation(prepared), check_store(prepared)]
+    with screen.stage("Tracing a few examples"):
+        checks += check_gradients(prepared)
+        checks.append(check_memory(prepared))
+    if config.compute.executor is ExecutorName.ray:
+        checks.append(check_cluster(config, screen))
+    screen.table(
+        ["check", "", "found"],
+        [[check.name, "ok" if check.ok else "FAILED", check.found] for check in checks],
+        title=f"{config.task.name}, {config.model.name}",
+    )
+    failed = [check.name for check in checks if not check.ok]
+    if failed:
+        raise InputError(f"{len(failed)} checks failed: {', '.join(failed)}.")
+
+
+def check_environment(config: RunConfig) -> Check:
+    """Versions, cores and device."""
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    device = config.compute.device
+    ok = not device.startswith("cuda") or torch.cuda.is_available()
+    found += f", {os.cpu_count()} cores, device {device}"
+    return Check("environment", ok, found if ok else f"{found}, but PyTorch sees no CUDA device")
+
+
+def check_label_words(prepared: Prepared) -> Check:
+    """Every label word is one token of its own; `prepare` has refused anything else."""
+    tokenizer = load_tokenizer(prepared.config.model)
+    encoded, labels = prepared.encoded, prepared.data.labels
+    if not encoded.label_ids:
+        return Check("label words", True, f"none: a linear head of {len(labels)} outputs")
+    pieces = zip(labels, prepared.prompt.words, encoded.label_ids, strict=True)
+    found = ", ".join(
+        f"{label}: {word!r} = {tokenizer.convert_ids_to_tokens(token)!r}"
+        for label, word, token in pieces
+    )
+    return Check("label words", True, found)
+
+
+def check_truncation(prepared: Prepared) -> Check:
+    """The readout's token is in every prompt, and how many texts lost something for it."""
+    encoded = prepared.encoded
+    lengths = [len(ids) for ids in encoded.input_ids]
+    inside = all(at < length for at, length in zip(encoded.position, lengths, strict=True))
+    cut = f"{encoded.truncated} of {len(lengths)} texts cut"
+    return Check("truncation", inside, f"{min(lengths)} to {max(lengths)} tokens, {cut}")
+
+
+def check_store(prepared: Prepared) -> Check:
+    """The store's folder can be written to."""
+    path = Store(prepared.config.store.path).path
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    ok = os.access(there, os.W_OK)
+    return Check("store", ok, f"{path}: {size(free)} free" if ok else f"{there} is not writable")
+
+
+def check_gradients(prepared: Prepared) -> list[Check]:
+    """Gradients do not depend on company or padding, and which layers have none."""
+    config = prepared.config
+    problem = load_for_checks(prepared)
+    tracer = Tracer(problem.module, problem.readout)
+    ids = prepared.encoded.input_ids
+    by_length = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
+    few = sorted({by_length[0], by_length[len(ids) // 2], by_length[-1]})
+
+    def capture(indices: list[int]) -> Capture:
+        return tracer.capture(collate(prepared.encoded, indices, config.compute.device))
+
+    alone = gram_of(Capture.concatenate([capture([index]) for index in few]))
+    together = gram_of(capture(few))
+    whole = sum(alone.values(), np.zeros(()))
+    change = np.linalg.norm(sum(together.values(), np.zeros(())) - whole) / np.linalg.norm(whole)
+    limit = TOLERANCE[config.kernel.precision]
+    shares = {name: np.einsum("iaia->", k) / np.einsum("iaia->", whole) for name, k in alone.items()}
+    dead = [name for name, share in shares.items() if share < DEAD and name.count("cross(") == 0]
+    mode = "whole batches" if tracer.batched else "one example at a time"
+    covered = f"{len(tracer.groups)} layer groups, equal to autograd on the first example"
+    if tracer.fallbacks:
+        covered += f"; without a rule: {', '.join(tracer.fallbacks)}"
+    return [
+        Check("gradients", True, covered),
+        Check(
+            "batch and padding",
+            bool(change < limit),
+            f"kernel changes by {change:.1e} (at most {limit:.0e}); traced in {mode}",
+        ),
+        Check("dead gradients", True, ", ".join(dead) or "none"),
+    ]
+
+
+def load_for_checks(prepared: Prepared) -> Problem:
+    """The problem in this process; a linear head gets unequal weights, a probe would need train."""
+    config, num_labels = prepared.config, len(prepared.data.labels)
+
+    def load(head: Head | None) -> Problem:
+        return load_problem(
+            config.model,
+            config.parameters,
+            label_ids=prepared.encoded.label_ids,
+            num_labels=num_labels,
+            head=head,
+            device=config.compute.device,
+            precision=config.kernel.precision,
+        )
+
+    problem = load(None)
+    if prepared.encoded.label_ids:
+        return problem
+    batch = collate(prepared.encoded, [0], config.compute.device)
+    width = problem.features(batch).shape[1]
+    weight = np.random.default_rng(0).normal(size=(num_labels, width)) / np.sqrt(width)
+    return load(Head(weight.astype(np.float32), np.zeros(num_labels, np.float32)))
+
+
+def gram_of(capture: Capture) -> dict[str, np.ndarray]:
+    """Kernel of a capture with itself by layer group, in float64."""
+    return {name: block.double().cpu().numpy() for name, block in gram(capture, capture).items()}
+
+
+def check_memory(prepared: Prepared) -> Check:
+    """One example against one fits a worker; `plan` refuses anything else."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = plan_worker(prepared, scratch).sizes
+    compute = prepared.config.compute
+    return Check(
+        "memory",
+        True,
+        f"{compute.workers} workers of {size(sizes.peak_bytes)}, "
+        f"{size(compute.memory_gb * GIB)} allowed each",
+    )
+
+
+def node_facts() -> Callable[[int], dict[str, str]]:
+    """In a worker's process: a function that tells its versions."""
+
+    def tell(job: int) -> dict[str, str]:
+        del job
+        return versions()
+
+    return tell
+
+
+def check_cluster(config: RunConfig, screen: Screen) -> Check:
+    """A worker starts, and runs the same versions."""
+    with closing(open_executor(config.compute, screen)) as executor:
+        (outcome,) = executor.run(node_facts, [0])
+    there, here = outcome.value(), versions()
+    other = [f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]]
+    where = config.compute.address or "local"
+    found = f"Ray ({where}) starts workers" + (f" with {', '.join(other)}" if other else "")
+    return Check("cluster", not other, found)

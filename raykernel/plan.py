@@ -1,0 +1,144 @@
+"""What a run would do: examples, blocks, operations, memory, methods. No block is computed.
+
+The model is loaded and its longest example traced once, since memory and methods follow from
+what the engine captures; the store is only looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from raykernel.compute.memory import GIB
+from raykernel.compute.plan import WorkerPlan
+from raykernel.compute.worker import Worker
+from raykernel.config import RunConfig
+from raykernel.console import Screen, size
+from raykernel.pipeline import Prepared, begin_kernel, prepare, worker_spec
+from raykernel.store.blocks import Store
+from raykernel.terms import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run before it happens."""
+
+    prepared: Prepared
+    blocks_total: int
+    blocks_missing: int
+    nearest: str
+    """How the nearest stored kernel differs; empty if this one is stored or none is."""
+    worker: WorkerPlan
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes that the missing blocks will take."""
+        grid, c = self.prepared.grid, len(self.prepared.data.labels)
+        itemsize = 8 if self.prepared.config.kernel.precision.value == "float64" else 4
+        entries = sum(len(cell.rows) * len(cell.cols) for cell in grid.cells()) * c * c
+        share = self.blocks_missing / self.blocks_total
+        return int(share * entries * itemsize * len(self.worker.methods))
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the missing blocks, every block's rows captured anew."""
+        grid = self.prepared.grid
+        share = self.blocks_missing / self.blocks_total
+        rows = sum(len(cell.rows) for cell in grid.cells())
+        columns = grid.num_cols * self.prepared.config.compute.workers
+        full = grid.block_size**2
+        part = sum(len(cell.rows) * len(cell.cols) / full for cell in grid.cells())
+        captures = self.worker.capture_flops * (rows + columns)
+        return share * (captures + self.worker.block_flops * part)
+
+
+def make_plan(config: RunConfig, screen: Screen) -> Plan:
+    """Look at input, model and store.
+
+    Args:
+        config: the run.
+        screen: where progress is shown.
+
+    Returns:
+        The plan.
+    """
+    prepared = prepare(config, screen)
+    store = Store(config.store.path)
+    total = missing = prepared.grid.num_cells
+    nearest = ""
+    if store.has(prepared.identity):
+        missing = len(store.open(prepared.fingerprint).missing())
+    elif found := store.nearest_kernel(prepared.identity):
+        fields = ", ".join(path for path, _, _ in found[1][:6])
+        nearest = f"the nearest stored kernel, {found[0]}, differs in {fields}"
+    with screen.stage("Tracing the longest example"), tempfile.TemporaryDirectory() as scratch:
+        worker = plan_worker(prepared, scratch)
+    return Plan(prepared, total, missing, nearest, worker)
+
+
+def plan_worker(prepared: Prepared, scratch: str) -> WorkerPlan:
+    """What one worker would do, found out beside the real store.
+
+    Args:
+        prepared: the run.
+        scratch: an empty folder.
+
+    Returns:
+        The worker's plan.
+    """
+    spec = replace(worker_spec(prepared), store_path=scratch)
+    handle = begin_kernel(prepared, Store(scratch))
+    if not prepared.encoded.label_ids:
+        # A linear probe would need all of train; any head that is not zero has its cost.
+        width = Worker(spec).features(range(1)).shape[1]
+        handle.write_head(np.ones((spec.num_labels, width)), np.zeros(spec.num_labels))
+    return Worker(spec).plan()
+
+
+def show_plan(plan: Plan, screen: Screen) -> None:
+    """Print a plan.
+
+    Args:
+        plan: of `make_plan`.
+        screen: where to print.
+    """
+    prepared, worker = plan.prepared, plan.worker
+    config, splits = prepared.config, prepared.data.splits
+    lengths = [len(ids) for ids in prepared.encoded.input_ids]
+    counts = ", ".join(f"{len(splits[split])} {split.value}" for split in Split)
+    sizes = worker.sizes
+    rows = [
+        ["examples", f"{counts}; {len(prepared.data.labels)} outputs"],
+        ["tokens", f"{min(lengths)} to {max(lengths)}, {np.mean(lengths):.0f} on average"],
+        ["kernel", prepared.fingerprint],
+        ["blocks", f"{plan.blocks_missing} to compute, {plan.blocks_total} in all"],
+        ["parameters", f"{worker.num_parameters:,} in {len(worker.methods)} layer groups"],
+        ["operations", f"{plan.flops / 1e12:.2f} TFLOP"],
+        ["new in the store", size(plan.store_bytes)],
+        ["workers", f"{config.compute.workers} ({config.compute.executor.value})"],
+        [
+            "memory of a worker",
+            f"{size(sizes.peak_bytes)} of {size(config.compute.memory_gb * GIB)} allowed "
+            f"(weights {size(worker.footprint.weights)}, factors of an example "
+            f"{size(worker.footprint.factors)})",
+        ],
+        [
+            "chunks",
+            f"{sizes.batch} examples a pass, {sizes.rows} rows x {sizes.cols} columns, "
+            f"{sizes.resident} column chunks kept",
+        ],
+    ]
+    screen.facts(rows, title=f"{config.task.name}, {config.model.name}")
+    if plan.nearest:
+        screen.say(f"Note: {plan.nearest}.")
+    pattern = Counter((re.sub(r"\d+", "*", group), way) for group, way in worker.methods.items())
+    screen.table(
+        ["layer groups", "number", "method"],
+        [[group, str(number), way] for (group, way), number in pattern.items()],
+    )
+    for name, why in worker.fallbacks.items():
+        screen.say(f"Note: {name} has no rule: {why}")
