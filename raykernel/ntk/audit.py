@@ -38,7 +38,7 @@ def example_scales(logits: Float[Tensor, "n c"]) -> Float[Tensor, " n"]:
         Powers of two, which scale a backward pass without rounding; they repeat after 32 examples.
     """
     exponents = torch.arange(len(logits), device=logits.device) % 32
-    return torch.exp2(-exponents.to(logits.dtype))
+    return torch.exp2(-exponents.double()).to(logits.dtype)
 
 
 def separated(

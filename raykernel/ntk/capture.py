@@ -82,6 +82,13 @@ class Capture:
         return Capture(torch.cat([c.logits for c in captures]), parts, first.crosses)
 
 
+_MAX_REFUSALS = 3
+"""Shapes of batches that may turn out not to be apart before no batch is tried any more.
+
+A table of as many positions as there are examples looks like examples, but only in that shape.
+"""
+
+
 class Tracer:
     """Captures examples of one model; its layer groups are fixed when it is made.
 
@@ -114,7 +121,8 @@ class Tracer:
         self._through_model: set[str] = set()
         self._audited: set[object] = set()
         self._clone = False
-        self._apart = True
+        self._refused: set[tuple[torch.Size, ...]] = set()
+        self._batched = True
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -123,8 +131,8 @@ class Tracer:
 
     @property
     def batched(self) -> bool:
-        """Whether a batch is traced in one pass; false once examples have to be traced singly."""
-        return self._apart and not self._through_model
+        """Whether the last batch was traced in one pass, not one example at a time."""
+        return self._batched
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -155,11 +163,15 @@ class Tracer:
         with self._prepared():
             if n > 1 and not self._audited:
                 self._trace_one(batch, 0)
-            if n > 1 and self.batched:
+            shapes = tuple(value.shape for value in batch.values())
+            given_up = len(self._refused) >= _MAX_REFUSALS or bool(self._through_model)
+            if n > 1 and not given_up and shapes not in self._refused:
                 capture = self._trace(batch)
                 if capture is not None:
+                    self._batched = True
                     return capture
-                self._apart = False
+                self._refused.add(shapes)
+            self._batched = n == 1
             return Capture.concatenate([self._trace_one(batch, i) for i in range(n)])
 
     def bytes_per_example(self, batch: Batch) -> int:

@@ -178,13 +178,15 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
     tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
     size = max(1, tile_bytes // (4 * num_gradients * width))
     shape = [part.gradients.shape[:2].numel() for part in (left, right)]
-    total = left.gradients.new_zeros(shape, dtype=accumulator(left.gradients.dtype))
+    common = torch.promote_types(left.gradients.dtype, right.gradients.dtype)
+    total = left.gradients.new_zeros(shape, dtype=accumulator(common))
     for tile in _tiles(left, right, size):
-        own = left.row_block(tile).flatten(2).flatten(0, 1)
+        own = left.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
         if left is right:
             _add_upper(total, own)
         else:
-            total.addmm_(own, right.row_block(tile).flatten(2).flatten(0, 1).mT)
+            other = right.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
+            total.addmm_(own, other.mT)
     return _mirrored(total) if left is right else total
 
 

@@ -174,7 +174,8 @@ def compress(part: Part) -> tuple[Part, bool]:
         return part, bool(part.gradients.isfinite().all())
     if not part.gradients.numel():
         return part, True
-    peak = torch.linalg.vector_norm(part.gradients, torch.inf, dim=(1, 3))
+    b = part.gradients
+    peak = torch.maximum(b.amax(dim=(1, 3)), -b.amin(dim=(1, 3)))
     num_alive = int((peak != 0).sum(1).max())
     finite = bool(peak.isfinite().all())
     t = peak.shape[1]

@@ -233,7 +233,9 @@ class Recorder(TorchFunctionMode):
     def _layout(self, lead: torch.Size) -> Layout:
         if self._n == 1 or lead[:1] == (self._n,):
             return Layout.batch
-        if lead[:1] == (1,) or lead.numel() % self._n:
+        # One value per position, such as embeddings of arange(t), is not n·t flattened tokens.
+        by_position = len(lead) == 1 and lead[0] in self._lengths
+        if lead[:1] == (1,) or by_position or lead.numel() % self._n:
             return Layout.shared
         return Layout.flat
 

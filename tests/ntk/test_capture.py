@@ -330,6 +330,15 @@ def test_fallbacks_are_named(name, fallbacks):
     assert tracer.fallbacks == fallbacks
 
 
+def test_one_ambiguous_shape_does_not_slow_the_others():
+    model, square = make("positions_as_many_as_examples")
+    tracer = Tracer(model, readout)
+    tracer.capture(square)
+    assert not tracer.batched
+    tracer.capture({"x": square["x"][: T - 1]})
+    assert tracer.batched
+
+
 def test_unused_parameter_has_a_zero_kernel():
     torch.manual_seed(0)
     model = Module(lambda m, x: m.head(x), **linears("unused"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from raykernel.ntk.capture import Tracer
+from raykernel.ntk.contract import gram
 from raykernel.ntk.empirical import empirical_kernel
 from raykernel.ntk.groups import layer_groups
 from tests import cases, oracles
@@ -160,3 +162,30 @@ def test_selecting_parameters_leaves_the_others_out():
     for name, parameter in case.model.named_parameters():
         parameter.requires_grad_("bias" in name)
     check(case, tolerance=1e-5)
+
+
+def test_bfloat16_needs_no_fallback():
+    case = cases.transformer_case("roberta")
+    expected = sum(empirical_kernel(case.model, case.readout, case.batch)["sgd"].values())
+    case.model.bfloat16()
+    tracer = Tracer(case.model, case.readout)
+    blocks = gram(capture := tracer.capture(case.batch), capture)
+    assert tracer.batched
+    assert not tracer.fallbacks
+    assert sum(blocks.values()).dtype == torch.float32
+    assert oracles.relative_error(sum(blocks.values()), expected) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_equals_the_definition(name):
+    case = cases.transformer_case(name)
+    whole = sum(oracles.kernel_by_parameter(case.model, case.readout, case.batch).values())
+    batch = {key: value.cuda() for key, value in case.batch.items()}
+    first, second = (
+        sum(empirical_kernel(case.model.cuda(), case.readout, batch)["sgd"].values())
+        for _ in range(2)
+    )
+    assert first.is_cuda
+    assert oracles.relative_error(first.cpu(), whole) < 1e-5
+    assert torch.equal(first, second)
