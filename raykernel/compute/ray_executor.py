@@ -8,7 +8,8 @@ into the queue and a new actor takes its place. Jobs are idempotent: what was ha
 and not reported, is simply done again.
 
 An actor does its jobs in the order of submission. So of the jobs lost with it, the first is
-charged with an attempt; the others were only waiting.
+charged with an attempt; the others were only waiting. (It may have been done, with its answer lost
+on the way; therefore a charged job is tried again alone, where the blame is certain.)
 """
 
 from __future__ import annotations
@@ -250,7 +251,10 @@ class _Pool(Generic[JobT, ResultT]):
         """Give every ready actor its first job before any gets its second."""
         for depth in range(self.compute.in_flight):
             for actor in self.actors:
-                if self.queue and actor.ready and len(actor.jobs) == depth:
+                suspected = any(job.attempts > 1 for job in actor.jobs.values())
+                if not actor.ready or len(actor.jobs) != depth or suspected:
+                    continue
+                if self.queue and (depth == 0 or self.queue[0].attempts == 0):
                     job = self.queue.popleft()
                     job.attempts += 1
                     actor.jobs[actor.handle.do.remote(job.job)] = job

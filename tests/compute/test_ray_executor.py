@@ -38,9 +38,9 @@ def test_a_job_whose_worker_exits_is_done_by_another(
     assert {job: outcome.value() for job, outcome in outcomes.items()} == {
         job: job**2 for job in range(12)
     }
-    assert outcomes[3].attempts == toy.count("ran-3") == 2
-    # The jobs that waited behind it are not charged with the death.
-    assert {outcome.attempts for job, outcome in outcomes.items() if job != 3} == {1}
+    assert toy.count("ran-3") == 2
+    # One job is charged with the death; those that waited behind it are not.
+    assert sorted(outcome.attempts for outcome in outcomes.values()) == [1] * 11 + [2]
     assert len(said) == 1
     assert said[0].startswith("A worker died (ActorDiedError: Worker unexpectedly exits")
 
@@ -52,7 +52,9 @@ def test_a_job_that_kills_every_worker_is_given_up(
     toy = Toy(str(tmp_path))
     compute = dataclasses.replace(ray_compute, workers=workers)
     outcomes = {o.job: o for o in executor(compute).run(toy.die_always, range(8))}
-    assert toy.count("ran-3") == outcomes[3].attempts == compute.max_attempts
+    assert outcomes[3].attempts == compute.max_attempts
+    # Once more, if the first death was laid to the job before it, whose answer was lost.
+    assert toy.count("ran-3") - compute.max_attempts in {0, 1}
     with pytest.raises(WorkerLostError, match=r"3 was tried 3 times.*lower compute\.memory_gb"):
         outcomes.pop(3).value()
     assert {job: outcome.value() for job, outcome in outcomes.items()} == {
@@ -182,7 +184,14 @@ finally:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGKILL",
+        pytest.param("SIGINT", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_no_process_outlives_its_driver(tmp_path: Path, name: str) -> None:
     with driver(ENDLESS, tmp_path) as process:
         wait_for(lambda: (tmp_path / "running").exists(), seconds=60)
