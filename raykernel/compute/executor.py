@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from raykernel import errors
 from raykernel.errors import RaykernelError, RunError
@@ -50,6 +50,7 @@ class Outcome(Generic[JobT, ResultT]):
         return cast(ResultT, self.result)
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs jobs on workers; a resource that is closed after use."""
 

@@ -34,7 +34,6 @@ from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
-from raykernel.store.kernels import KernelHandle
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,9 @@ class Worker:
         memory.keep_heap_small()
         self._spec = spec
         self._handle = Store(spec.store_path).open(spec.fingerprint)
-        self._problem = _load(spec, self._handle)
+        stored = None if spec.encoded.label_ids else self._handle.read_head()
+        self._problem = _load(spec, None if stored is None else Head(*stored))
+        self._may_compute = bool(spec.encoded.label_ids) or stored is not None
         self._columns: OrderedDict[range, Capture] = OrderedDict()
         self._turn = 0
 
@@ -144,7 +145,15 @@ class Worker:
         The engine checks itself against autograd on first sight, which takes a gradient of all
         parameters; and it learns the model's pattern here rather than from whichever cell comes
         first, so that cells do not depend on their order.
+
+        Raises:
+            RunError: if the problem has a linear head that is not stored yet.
         """
+        if not self._may_compute:
+            raise RunError(
+                f"kernel {self._spec.fingerprint} has no linear head: expected one, because the "
+                "kernel of prompt=none starts from a linear probe. Fit and store it first."
+            )
         longest = self._longest
         self._tracer.capture(self._batch(longest[:1]))
         if len(longest) > 1:
@@ -293,17 +302,22 @@ def _settle_torch(compute: ComputeConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _load(spec: WorkerSpec, handle: KernelHandle) -> Problem:
-    stored = None if spec.encoded.label_ids else handle.read_head()
-    return load_problem(
+def _load(spec: WorkerSpec, head: Head | None) -> Problem:
+    problem = load_problem(
         spec.model,
         spec.parameters,
         label_ids=spec.encoded.label_ids,
         num_labels=spec.num_labels,
-        head=None if stored is None else Head(*stored),
+        head=head,
         device=spec.compute.device,
         precision=spec.kernel.precision,
     )
+    if head is None and not spec.encoded.label_ids:
+        # A head of zeros would pass no gradient on, and a plan made with it would be all too
+        # small. Features do not depend on it, and no block is computed with it.
+        for parameter in problem.module.get_submodule("classifier").parameters():
+            parameter.data.fill_(1.0)
+    return problem
 
 
 def _split(examples: range, size: int) -> Iterator[range]:

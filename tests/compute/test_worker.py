@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 from raykernel.compute.executor import InlineExecutor
 from raykernel.compute.worker import Worker, WorkerSpec
 from raykernel.config import ComputeConfig, ModelConfig
-from raykernel.errors import InputError
+from raykernel.errors import InputError, RunError
 from raykernel.ntk.empirical import empirical_kernel
 from raykernel.problem.models import load_problem
 from raykernel.problem.prompts import collate
 from raykernel.store.grid import Cell
-from raykernel.terms import Precision
+from raykernel.terms import Architecture, Precision
 from tests.compute.tiny_problem import handle_of, make_spec, save_model, texts
 
 
@@ -145,6 +146,25 @@ def test_plan_says_how_without_computing(tmp_path: Path, model: ModelConfig) -> 
     assert set(plan.methods[query].split("+")) <= {"direct", "factored", "rows"}
     assert "lookup" in "+".join(plan.methods.values())
     assert plan.num_parameters > 1000
+
+
+def test_a_linear_head_is_read_from_the_store(tmp_path: Path, model: ModelConfig) -> None:
+    encoder = dataclasses.replace(model, architecture=Architecture.encoder)
+    encoded = dataclasses.replace(texts(11), label_ids=())
+    spec = make_spec(tmp_path, encoder, encoded=encoded, batch_size=2)
+    with pytest.raises(RunError, match="has no linear head"):
+        complete(spec)
+    jobs = [range(4), range(4, 6)]
+    rows = [outcome.value() for outcome in InlineExecutor().run(spec.features, jobs)]
+    assert np.concatenate(rows).shape == (6, 16)
+    planned = Worker(spec).plan()
+    head = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    handle_of(spec).write_head(head, np.zeros(2, np.float32))
+    complete(spec)
+    # The logits are the head's, of the features that were read.
+    expected = np.concatenate(rows) @ head.T
+    np.testing.assert_allclose(handle_of(spec).logits()[:6], expected, rtol=1e-4, atol=1e-5)
+    assert Worker(spec).plan().footprint == planned.footprint
 
 
 # ------------------------------------------------------------------ on Ray
