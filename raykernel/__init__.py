@@ -1,1 +1,45 @@
-"""Neural tangent kernels of language models, per layer, on Ray, in Arrow."""
+"""Neural tangent kernels of language models, per layer, on Ray, in Arrow.
+
+A *problem* (task + prompt + model) is a function f from texts to logits. Its *ntk* is cut into
+*blocks*, per layer; workers *compute* the missing ones into a *store*; *analysis* solves kernel
+regression with any sum of them.
+
+    conf/ ──► cli ──► pipeline
+                        │
+        ┌───────────────┼──────────────┐
+     compute         analysis        query
+        │
+        ├── problem   task + prompt + model = f: texts → logits
+        ├── ntk       ∇f per layer → K per layer, exactly
+        └── store     one Arrow file per block of K
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raykernel.analysis.ridge import solve_ridge
+    from raykernel.ntk.empirical import empirical_kernel
+    from raykernel.store.blocks import open_store
+
+__all__ = ["empirical_kernel", "open_store", "solve_ridge"]
+
+_HOMES = {
+    "empirical_kernel": "raykernel.ntk.empirical",
+    "open_store": "raykernel.store.blocks",
+    "solve_ridge": "raykernel.analysis.ridge",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at first use: torch alone takes seconds, and `--help` needs none."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'raykernel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

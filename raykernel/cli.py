@@ -97,10 +97,14 @@ def interrupt(signum: int, _frame: object) -> None:
 
 
 def version() -> str:
-    """Installed version of raykernel."""
+    """Version of raykernel, as installed."""
+    from importlib.metadata import PackageNotFoundError
     from importlib.metadata import version as installed
 
-    return installed("raykernel")
+    try:
+        return installed("raykernel")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 def run_all(command: str, arguments: list[str]) -> int:
@@ -197,9 +201,10 @@ def tool_query(arguments: list[str]) -> int:
     parser.add_argument("--format", choices=["table", "csv", "json"], default="table")
     store_option(parser)
     options = parser.parse_args(arguments)
-    from raykernel.store.query import format_table, query
+    from raykernel.store.format import Format, format_table
+    from raykernel.store.query import query
 
-    print(format_table(query(store_path(options.store), options.sql), options.format))
+    print(format_table(query(store_path(options.store), options.sql), Format[options.format]))
     return 0
 
 

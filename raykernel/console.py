@@ -141,7 +141,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds as a person says them."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -151,8 +151,9 @@ def duration(seconds: float) -> str:
     )
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes as a person says them, in powers of 1024."""
+    count = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

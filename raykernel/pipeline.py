@@ -21,7 +21,7 @@ from raykernel.compute.executor import Executor, InlineExecutor, versions
 from raykernel.compute.worker import WorkerSpec
 from raykernel.config import ComputeConfig, Json, PromptText, RunConfig, canonical_json, differences, fingerprint, plain
 from raykernel.console import Screen, duration, size
-from raykernel.errors import InputError, RaykernelError, StoreMismatchError
+from raykernel.errors import InputError, RaykernelError, StorageFullError, StoreMismatchError
 from raykernel.problem.models import (
     check_model,
     load_tokenizer,
@@ -179,12 +179,18 @@ def open_kernel(prepared: Prepared) -> KernelHandle:
         A handle on the kernel's blocks.
 
     Raises:
-        StoreMismatchError: if `store.kernel` asks for another kernel.
+        InputError: if `store.kernel` asks for a kernel that is not there.
+        StoreMismatchError: if it asks for another kernel than this run's.
     """
     config = prepared.config
     store = Store(config.store.path)
     pinned = config.store.kernel
     if pinned is not None and not prepared.fingerprint.startswith(pinned):
+        if not any(name.startswith(pinned) for name in store.fingerprints()):
+            raise InputError(
+                f"store.kernel={pinned}: this run would be kernel {prepared.fingerprint}, and "
+                f"{store.path} holds no kernel of the name asked for. Drop store.kernel."
+            )
         stored = store.open(pinned)
         raise StoreMismatchError(
             f"store.kernel={pinned}: this run would be kernel {prepared.fingerprint}. Fields that "
@@ -268,8 +274,8 @@ def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Comple
         failed: RaykernelError | None = None
         with screen.progress("blocks", len(missing)) as advance:
             for outcome in executor.run(spec.blocks, missing):
-                if isinstance(outcome.error, InputError):
-                    raise outcome.error  # the same input fails everywhere
+                if isinstance(outcome.error, InputError | StorageFullError):
+                    raise outcome.error  # the next block would fail likewise
                 if outcome.result is None:
                     failed = outcome.error
                     screen.say(f"Block {outcome.job.i}, {outcome.job.j} failed: {failed}")

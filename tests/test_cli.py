@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def arguments(model: Path, **changes: str) -> list[str]:
+def arguments(folder: Path, **changes: str | None) -> list[str]:
     """Overrides of a small kernel of the user's own data; a value of None drops the key."""
     chosen = {
         "task": "file",
@@ -36,7 +36,7 @@ def arguments(model: Path, **changes: str) -> list[str]:
         "task.k": "3",
         "task.test_limit": "6",
         "model": "hf",
-        "model.name": str(model),
+        "model.name": str(folder),
         "prompt.template": '"{review} It was {label}."',
         "prompt.words": "{negative: terrible, positive: great}",
         "kernel.block_size": "4",
