@@ -223,7 +223,7 @@ def tool_verify(arguments: list[str]) -> int:
     from raykernel.store.verify import verify
 
     report = verify(store_path(options.store), remove=options.remove)
-    print(report)
+    print(report.text())
     return 0 if report.ok else 1
 
 

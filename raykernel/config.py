@@ -104,7 +104,7 @@ class TaskConfig:
     drop_labels: list[str] = field(default_factory=list)
     """Label values whose examples are left out."""
     drop_other_labels: bool = False
-    """Leave out examples whose label is not in `labels`, too; otherwise such a label is an error."""
+    """Leave out examples whose label is not in `labels`; otherwise such a label is an error."""
     metric: Metric = Metric.accuracy
     """What dev selection and test report use."""
     k: int = 16

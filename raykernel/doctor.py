@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +23,9 @@ from raykernel.console import Screen, size
 from raykernel.errors import InputError
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
-from raykernel.pipeline import Prepared, open_executor, prepare
+from raykernel.pipeline import open_executor
 from raykernel.plan import plan_worker
+from raykernel.prepared import Prepared, prepare
 from raykernel.problem.models import Problem, load_problem, load_tokenizer
 from raykernel.problem.probe import Head
 from raykernel.problem.prompts import collate
@@ -139,7 +139,9 @@ def check_gradients(prepared: Prepared) -> list[Check]:
     whole = sum(alone.values(), np.zeros(()))
     change = np.linalg.norm(sum(together.values(), np.zeros(())) - whole) / np.linalg.norm(whole)
     limit = TOLERANCE[config.kernel.precision]
-    shares = {name: np.einsum("iaia->", k) / np.einsum("iaia->", whole) for name, k in alone.items()}
+    shares = {
+        name: np.einsum("iaia->", k) / np.einsum("iaia->", whole) for name, k in alone.items()
+    }
     dead = [name for name, share in shares.items() if share < DEAD and name.count("cross(") == 0]
     mode = "whole batches" if tracer.batched else "one example at a time"
     covered = f"{len(tracer.groups)} layer groups, equal to autograd on the first example"
@@ -213,7 +215,9 @@ def check_cluster(config: RunConfig, screen: Screen) -> Check:
     with closing(open_executor(config.compute, screen)) as executor:
         (outcome,) = executor.run(node_facts, [0])
     there, here = outcome.value(), versions()
-    other = [f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]]
+    other = [
+        f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]
+    ]
     where = config.compute.address or "local"
     found = f"Ray ({where}) starts workers" + (f" with {', '.join(other)}" if other else "")
     return Check("cluster", not other, found)

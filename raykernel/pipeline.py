@@ -9,50 +9,23 @@ blocks from the store.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from raykernel.analysis.regression import RegressionResult, SplitData, kernel_regression
 from raykernel.compute.executor import Executor, InlineExecutor, versions
 from raykernel.compute.worker import WorkerSpec
-from raykernel.config import ComputeConfig, Json, PromptText, RunConfig, canonical_json, differences, fingerprint, plain
+from raykernel.config import ComputeConfig, RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
 from raykernel.errors import InputError, RaykernelError, StorageFullError, StoreMismatchError
-from raykernel.problem.models import (
-    check_model,
-    load_tokenizer,
-    max_positions,
-    model_identity,
-    prepare_model,
-)
+from raykernel.prepared import Prepared, example_labels, example_table, prepare
 from raykernel.problem.probe import fit_head
-from raykernel.problem.prompts import Encoded, Prompt, encode, resolve_prompt
-from raykernel.problem.tasks import Data, load_data
-from raykernel.store.grid import Grid
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.manifest import differences_text
 from raykernel.terms import ExecutorName, Kind, Precision, PromptStyle, Split
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A run whose input is known to be right: nothing expensive has happened yet."""
-
-    config: RunConfig
-    data: Data
-    prompt: Prompt
-    encoded: Encoded
-    grid: Grid
-    identity: dict[str, Json]
-
-    @property
-    def fingerprint(self) -> str:
-        """Name of the kernel in the store."""
-        return fingerprint(self.identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,84 +62,19 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
         Scores and costs.
     """
     prepared = prepare(config, screen)
+    if note := why_new(prepared, Store(config.store.path)):
+        screen.say(f"Note: {note}")
     handle = open_kernel(prepared)
     completion = complete(prepared, handle, screen)
     results = solve(prepared, handle)
     store = Store(config.store.path)
     for kind, result in results.items():
-        store.write_result("kernels", result_row(prepared, completion, kind, result, overrides))
+        row = result_row(prepared, completion, kind, result, overrides)
+        # A repetition that computed nothing keeps the row that says what the blocks cost.
+        if completion.blocks_computed or not store.has_result("kernels", row):
+            store.write_result("kernels", row)
     kept = sum(file.stat().st_size for file in handle.path.iterdir())
     return Outcome(prepared, completion, results, config.store.path, kept)
-
-
-def prepare(config: RunConfig, screen: Screen) -> Prepared:
-    """Examples, prompts and identity of a run; every check that needs no model weights.
-
-    Args:
-        config: the run.
-        screen: where downloads are shown.
-
-    Returns:
-        The checked input of the run.
-
-    Raises:
-        InputError: if configuration, data, template or model name are wrong.
-    """
-    data = load_data(config.task)
-    prompt = resolve_prompt(config.task, config.prompt, data.labels)
-    # A branch name of the hub becomes a commit here, so that all workers load the same weights.
-    config = replace(config, model=prepare_model(config.model))
-    check_model(config.model, has_prompt=config.prompt.style is not PromptStyle.none)
-    tokenizer = load_tokenizer(config.model)
-    encoded = encode(
-        data,
-        prompt,
-        config.task,
-        tokenizer,
-        config.model.architecture,
-        max_positions(config.model),
-    )
-    for note in (*data.notes, *encoded.notes):
-        screen.say(f"Note: {note}")
-    grid = Grid(
-        num_cols=len(data.splits[Split.train]),
-        num_rows=len(data.examples),
-        block_size=config.kernel.block_size,
-    )
-    return Prepared(config, data, prompt, encoded, grid, identity_of(config, data, prompt, encoded))
-
-
-def identity_of(
-    config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded
-) -> dict[str, Json]:
-    """What decides the kernel's numbers, and nothing else.
-
-    The examples and tokens enter by hash; the few settings behind them stand in the open, so
-    that two kernels can be compared field by field.
-    """
-    task = config.task
-    own = task.prompts.get(config.prompt.style.value, PromptText())
-    tokens = [encoded.input_ids, encoded.token_type_ids, encoded.position, encoded.label_ids]
-    return {
-        "task": {
-            "name": task.name,
-            "labels": list(data.labels),
-            "k": task.k,
-            "seed": task.seed,
-            "max_length": task.max_length,
-            "num_test": len(data.splits[Split.test]),
-            "examples": data.fingerprint,
-        },
-        "prompt": {
-            "style": config.prompt.style.value,
-            "template": config.prompt.template or own.template,
-            "words": list(prompt.words),
-            "tokens": hashlib.sha256(canonical_json(tokens).encode()).hexdigest()[:16],
-        },
-        "model": model_identity(config.model),
-        "parameters": plain(config.parameters),
-        "kernel": plain(config.kernel),
-    }
 
 
 def open_kernel(prepared: Prepared) -> KernelHandle:
@@ -194,7 +102,7 @@ def open_kernel(prepared: Prepared) -> KernelHandle:
         stored = store.open(pinned)
         raise StoreMismatchError(
             f"store.kernel={pinned}: this run would be kernel {prepared.fingerprint}. Fields that "
-            f"differ:\n{show_differences(stored.identity, prepared.identity)}\n"
+            f"differ:\n{differences_text(differences(stored.identity, prepared.identity))}\n"
             "Change the configuration back, or drop store.kernel to compute a kernel of its own."
         )
     return begin_kernel(prepared, store)
@@ -212,25 +120,25 @@ def begin_kernel(prepared: Prepared, store: Store) -> KernelHandle:
     )
 
 
-def show_differences(stored: Json, wanted: Json) -> str:
-    """One line per field in which two identities differ."""
-    return "\n".join(
-        f"  {path}: stored {there!r}, this run {here!r}"
-        for path, there, here in differences(stored, wanted)
-    )
+def why_new(prepared: Prepared, store: Store) -> str:
+    """Why stored blocks are not reused: how the most similar kernel differs.
 
+    Args:
+        prepared: the run.
+        store: where kernels are kept.
 
-def example_table(data: Data) -> pa.Table:
-    """Ids, splits and labels of the kernel's rows, in order."""
-    split_of = {i: split.value for split, indices in data.splits.items() for i in indices}
-    return pa.table(
-        {
-            "index": pa.array(range(len(data.examples)), pa.int64()),
-            "id": [example.id for example in data.examples],
-            "split": [split_of[i] for i in range(len(data.examples))],
-            "label": [data.labels[example.label] for example in data.examples],
-        }
-    )
+    Returns:
+        A sentence; empty if this kernel is stored, or none is.
+    """
+    if store.has(prepared.identity):
+        return ""
+    found = store.nearest_kernel(prepared.identity)
+    if found is None:
+        return ""
+    name, fields = found
+    shown = ", ".join(f"{path} {there!r} → {here!r}" for path, there, here in fields[:4])
+    more = f" and {len(fields) - 4} more fields" if len(fields) > 4 else ""
+    return f"a new kernel; the most similar stored one, {name}, differs in {shown}{more}."
 
 
 def worker_spec(prepared: Prepared) -> WorkerSpec:
@@ -318,11 +226,6 @@ def write_probe(prepared: Prepared, handle: KernelHandle, executor: Executor) ->
     handle.write_head(head.weight, head.bias)
 
 
-def example_labels(data: Data) -> np.ndarray:
-    """Label index of every example."""
-    return np.array([example.label for example in data.examples], dtype=np.int64)
-
-
 def solve(prepared: Prepared, handle: KernelHandle) -> dict[Kind, RegressionResult]:
     """Kernel regression for each kind of kernel.
 
@@ -407,7 +310,7 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
     prepared, config = outcome.prepared, outcome.prepared.config
     probe = config.prompt.style is PromptStyle.none
     metric = config.task.metric.value
-    rows = []
+    rows: list[list[str]] = []
     for kind, result in outcome.results.items():
         if not rows:
             before = "linear probe" if probe else "zero-shot"
@@ -444,5 +347,3 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
         f'kernel_regression from kernels" --store {outcome.store_path}',
         markup=False,
     )
-
-

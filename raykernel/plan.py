@@ -18,7 +18,8 @@ from raykernel.compute.plan import WorkerPlan
 from raykernel.compute.worker import Worker
 from raykernel.config import RunConfig
 from raykernel.console import Screen, size
-from raykernel.pipeline import Prepared, begin_kernel, prepare, worker_spec
+from raykernel.pipeline import begin_kernel, why_new, worker_spec
+from raykernel.prepared import Prepared, prepare
 from raykernel.store.blocks import Store
 from raykernel.terms import Split
 
@@ -30,8 +31,8 @@ class Plan:
     prepared: Prepared
     blocks_total: int
     blocks_missing: int
-    nearest: str
-    """How the nearest stored kernel differs; empty if this one is stored or none is."""
+    why_new: str
+    """How the most similar stored kernel differs; empty if this one is stored or none is."""
     worker: WorkerPlan
 
     @property
@@ -69,15 +70,11 @@ def make_plan(config: RunConfig, screen: Screen) -> Plan:
     prepared = prepare(config, screen)
     store = Store(config.store.path)
     total = missing = prepared.grid.num_cells
-    nearest = ""
     if store.has(prepared.identity):
         missing = len(store.open(prepared.fingerprint).missing())
-    elif found := store.nearest_kernel(prepared.identity):
-        fields = ", ".join(path for path, _, _ in found[1][:6])
-        nearest = f"the nearest stored kernel, {found[0]}, differs in {fields}"
     with screen.stage("Tracing the longest example"), tempfile.TemporaryDirectory() as scratch:
         worker = plan_worker(prepared, scratch)
-    return Plan(prepared, total, missing, nearest, worker)
+    return Plan(prepared, total, missing, why_new(prepared, store), worker)
 
 
 def plan_worker(prepared: Prepared, scratch: str) -> WorkerPlan:
@@ -133,8 +130,8 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         ],
     ]
     screen.facts(rows, title=f"{config.task.name}, {config.model.name}")
-    if plan.nearest:
-        screen.say(f"Note: {plan.nearest}.")
+    if plan.why_new:
+        screen.say(f"Note: {plan.why_new}")
     pattern = Counter((re.sub(r"\d+", "*", group), way) for group, way in worker.methods.items())
     screen.table(
         ["layer groups", "number", "method"],

@@ -203,3 +203,29 @@ def test_the_console_script_is_the_module(here):
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+from raykernel.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_no_space_left_is_said_and_leaves_nothing_half_written(model, here):
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "kernel", *arguments(model)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert "space" in run.stderr
+    assert not list(here.glob("store/kernels/*/block-*"))
+    assert not [path for path in here.rglob("*") if path.name.startswith(".")]
+
+
+def test_no_network_for_a_hub_data_set_names_the_alternatives(model, here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fails(capsys, here, ["kernel", "task=sst2", "model=hf", f"model.name={model}"], "task.data_dir")

@@ -74,7 +74,8 @@ class RidgeSolution:
         m, c = k_eval_train.shape[:2]
         flat = k_eval_train.reshape(m * c, -1) @ self.alpha.reshape(-1, k_eval_train[0, 0].size).T
         fitted = flat.T.reshape(*self.alpha.shape[:2], m, c)
-        return fitted + scaled_logits(f0, self.f0_scaling)[:, None]
+        outputs: Float[np.ndarray, "s r m c"] = fitted + scaled_logits(f0, self.f0_scaling)[:, None]
+        return outputs
 
 
 def solve_ridge(

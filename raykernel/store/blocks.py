@@ -212,6 +212,10 @@ class Store:
         self._create()
         return results.write_result(self.path, table, row)
 
+    def has_result(self, table: str, row: dict[str, object]) -> bool:
+        """Whether a row with the same key is stored."""
+        return results.result_path(self.path, table, row).exists()
+
     def results(self, table: str) -> pa.Table:
         """All rows of a result table, see `results.read_results`."""
         return results.read_results(self.path, table)

@@ -108,10 +108,26 @@ def write_result(root: Path, table: str, row: dict[str, Any]) -> Path:
     sink = pa.BufferOutputStream()
     arrow = pa.Table.from_pylist([full], schema=spec.schema)
     pq.write_table(arrow, sink, write_page_checksum=True)
-    make_folder(root / relative)
-    path = root / relative / f"result-{fingerprint([row[name] for name in spec.key])}.parquet"
+    path = result_path(root, table, row)
+    make_folder(path.parent)
     commit(path, memoryview(sink.getvalue()))
     return path
+
+
+def result_path(root: Path, table: str, row: dict[str, Any]) -> Path:
+    """The file of a row: its name is made of the key columns.
+
+    Args:
+        root: folder of the store.
+        table: name of the table.
+        row: value by column, the key columns among them.
+
+    Returns:
+        The path, whether or not it exists.
+    """
+    spec = _spec(table)
+    name = f"result-{fingerprint([row[name] for name in spec.key])}.parquet"
+    return root / spec.folder.format(**row) / name
 
 
 def read_results(root: Path, table: str) -> pa.Table:

@@ -48,6 +48,26 @@ class VerifyReport:
         """Nothing bad remains."""
         return all(file.removed for file in self.bad)
 
+    def text(self) -> str:
+        """The report as lines, ending with what to do.
+
+        Returns:
+            One line per bad file and a summary.
+        """
+        lines = [
+            f"{file.path}: {file.reason}" + (" (removed)" if file.removed else "")
+            for file in self.bad
+        ]
+        lines.append(
+            f"{self.num_files} files of {self.num_kernels} kernels checked: {len(self.bad)} bad, "
+            f"{len(self.leftovers)} old temporaries, {self.num_missing} blocks missing."
+        )
+        if not self.ok:
+            lines.append("`raykernel verify --remove` deletes what a run can compute again.")
+        elif self.num_missing:
+            lines.append("The command that began a kernel computes its missing blocks.")
+        return "\n".join(lines)
+
 
 def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
     """Check every checksum, manifest and shape of a store.

@@ -1,0 +1,136 @@
+"""The input of a run, read and checked before anything expensive happens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from raykernel.config import Json, PromptText, RunConfig, canonical_json, fingerprint, plain
+from raykernel.console import Screen
+from raykernel.problem.models import (
+    check_model,
+    load_tokenizer,
+    max_positions,
+    model_identity,
+    prepare_model,
+)
+from raykernel.problem.prompts import Encoded, Prompt, encode, resolve_prompt
+from raykernel.problem.tasks import Data, load_data
+from raykernel.store.grid import Grid
+from raykernel.terms import PromptStyle, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run whose input is known to be right: nothing expensive has happened yet."""
+
+    config: RunConfig
+    data: Data
+    prompt: Prompt
+    encoded: Encoded
+    grid: Grid
+    identity: dict[str, Json]
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the kernel in the store."""
+        return fingerprint(self.identity)
+
+
+def prepare(config: RunConfig, screen: Screen) -> Prepared:
+    """Examples, prompts and identity of a run; every check that needs no model weights.
+
+    Args:
+        config: the run.
+        screen: where downloads are shown.
+
+    Returns:
+        The checked input of the run.
+
+    Raises:
+        InputError: if configuration, data, template or model name are wrong.
+    """
+    data = load_data(config.task)
+    prompt = resolve_prompt(config.task, config.prompt, data.labels)
+    # A branch name of the hub becomes a commit here, so that all workers load the same weights.
+    config = replace(config, model=prepare_model(config.model))
+    check_model(config.model, has_prompt=config.prompt.style is not PromptStyle.none)
+    tokenizer = load_tokenizer(config.model)
+    encoded = encode(
+        data,
+        prompt,
+        config.task,
+        tokenizer,
+        config.model.architecture,
+        max_positions(config.model),
+    )
+    for note in (*data.notes, *encoded.notes):
+        screen.say(f"Note: {note}")
+    grid = Grid(
+        num_cols=len(data.splits[Split.train]),
+        num_rows=len(data.examples),
+        block_size=config.kernel.block_size,
+    )
+    return Prepared(config, data, prompt, encoded, grid, identity_of(config, data, prompt, encoded))
+
+
+def identity_of(config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded) -> dict[str, Json]:
+    """What decides the kernel's numbers, and nothing else.
+
+    The examples and tokens enter by hash; the few settings behind them stand in the open, so
+    that two kernels can be compared field by field.
+
+    Args:
+        config: the run.
+        data: its examples.
+        prompt: its template and words.
+        encoded: its tokens.
+
+    Returns:
+        A JSON tree whose hash names the kernel.
+    """
+    task = config.task
+    own = task.prompts.get(config.prompt.style.value, PromptText())
+    tokens = [encoded.input_ids, encoded.token_type_ids, encoded.position, encoded.label_ids]
+    return {
+        "task": {
+            "name": task.name,
+            "labels": list(data.labels),
+            "k": task.k,
+            "seed": task.seed,
+            "max_length": task.max_length,
+            "num_test": len(data.splits[Split.test]),
+            "examples": data.fingerprint,
+        },
+        "prompt": {
+            "style": config.prompt.style.value,
+            "template": config.prompt.template or own.template,
+            "words": list(prompt.words),
+            "tokens": hashlib.sha256(canonical_json(tokens).encode()).hexdigest()[:16],
+        },
+        "model": model_identity(config.model),
+        "parameters": plain(config.parameters),
+        "kernel": plain(config.kernel),
+    }
+
+
+def example_table(data: Data) -> pa.Table:
+    """Ids, splits and labels of the kernel's rows, in order."""
+    split_of = {i: split.value for split, indices in data.splits.items() for i in indices}
+    return pa.table(
+        {
+            "index": pa.array(range(len(data.examples)), pa.int64()),
+            "id": [example.id for example in data.examples],
+            "split": [split_of[i] for i in range(len(data.examples))],
+            "label": [data.labels[example.label] for example in data.examples],
+        }
+    )
+
+
+def example_labels(data: Data) -> Int[np.ndarray, " num_examples"]:
+    """Label index of every example."""
+    return np.array([example.label for example in data.examples], dtype=np.int64)
