@@ -3,12 +3,15 @@
 Sizes follow from configuration, model and token counts alone, never from what is free at the
 moment: another size is another order of summation, and a resumed run must give the same bits.
 
-    peak ≈ process + weights + 3 · output block + resident · q · f
-                                                + max(r · f + b · p, 2 · r · f, q · f)
+    peak ≈ process + weights + 3 · output block + resident · q · f + r · f + b · p + max(r, q) · g
 
-f bytes of factors and p bytes of a pass per example (of the longest one), b examples of a pass,
-r and q examples of a row and a column chunk. A chunk of several passes is joined at the end, so
-it exists twice for a moment.
+f bytes of factors and p bytes of a pass per example (of the longest one), g bytes of its largest
+layer's factors, b examples of a pass, r and q examples of a row and a column chunk. A chunk of
+several passes is joined layer by layer, so one layer exists twice for a moment.
+
+Which chunks fit best is a question of time. Forming the gradients of both sides costs each pair
+of examples c t (1/r + 1/q) products with the weights, and rows are captured anew for every column
+chunk, (1 + c) t / q, a quarter slower where a pass holds one example alone.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class Footprint:
     """Extra memory of the engine's check against autograd, when no capture is resident."""
     factors: int
     """Captured factors of one example."""
+    largest: int
+    """Those of the layer that has most."""
     forward: int
     """Peak of a pass per example, factors included."""
     output: int
@@ -75,16 +80,16 @@ class Sizes:
     """Estimate of the worker's peak."""
 
 
-def chunk_sizes(footprint: Footprint, compute: ComputeConfig, *, block_size: int) -> Sizes:
-    """The largest chunks that fit `compute.memory_gb`.
-
-    Passes come first, then columns, which are captured once for many cells, then rows, then
-    further column chunks.
+def chunk_sizes(
+    footprint: Footprint, compute: ComputeConfig, *, block_size: int, num_outputs: int
+) -> Sizes:
+    """The chunks that take least time and fit `compute.memory_gb`.
 
     Args:
         footprint: measured bytes.
         compute: memory and largest batch.
         block_size: examples on a side of a cell.
+        num_outputs: c.
 
     Returns:
         The sizes; chunks are whole passes or the whole block, so that every example is always
@@ -94,43 +99,54 @@ def chunk_sizes(footprint: Footprint, compute: ComputeConfig, *, block_size: int
         InputError: if one row against one column does not fit.
     """
     limit = int(compute.memory_gb * GIB)
-    # A block exists as tensors, as the stack of all groups, and as the file's buffer.
-    fixed = footprint.weights + 3 * footprint.output + GRAM_BYTES
+    fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES
     fixed += CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
     def sized(batch: int, rows: int, cols: int, resident: int) -> Sizes:
         f, p = footprint.factors, footprint.forward
-        joining = max(2 * rows if rows > batch else 0, cols if cols > batch else 0)
-        moving = max(rows * f + batch * p, joining * f)
+        joining = footprint.largest * max(rows if rows > batch else 0, cols if cols > batch else 0)
+        work = resident * cols * f + rows * f + batch * p + joining
         start = footprint.audit + 2 * p
-        return Sizes(batch, rows, cols, resident, fixed + max(start, resident * cols * f + moving))
+        return Sizes(batch, rows, cols, resident, fixed + max(start, work))
 
-    best = sized(1, 1, 1, 1)
-    if best.peak_bytes > limit:
+    smallest = sized(1, 1, 1, 1)
+    if smallest.peak_bytes > limit:
         raise InputError(
             f"compute.memory_gb: found {compute.memory_gb:g}, expected at least "
-            f"{best.peak_bytes / GIB:.2f} GiB for one example against one (weights "
+            f"{smallest.peak_bytes / GIB:.2f} GiB for one example against one (weights "
             f"{footprint.weights / GIB:.2f}, factors {footprint.factors / GIB:.2f} per example, "
             f"results of a block {footprint.output / GIB:.2f}). Raise it, or lower "
             "task.max_length or kernel.block_size."
         )
-    for batch in range(2, min(compute.batch_size, block_size) + 1):
-        best = _larger(best, sized(batch, batch, batch, 1), limit)
-    chunks = [
-        min(size, block_size) for size in range(best.batch, block_size + best.batch, best.batch)
+    fitting = [
+        sizes
+        for batch in range(1, min(compute.batch_size, block_size) + 1)
+        for rows in chunks(batch, block_size)
+        for cols in chunks(batch, block_size)
+        if (sizes := sized(batch, rows, cols, 1)).peak_bytes <= limit
     ]
-    for cols in chunks:
-        best = _larger(best, sized(best.batch, best.rows, cols, 1), limit)
-    for rows in chunks:
-        best = _larger(best, sized(best.batch, rows, best.cols, 1), limit)
-    for resident in range(2, MAX_RESIDENT + 1):
-        best = _larger(best, sized(best.batch, best.rows, best.cols, resident), limit)
-    return best
+    best = min(fitting, key=lambda sizes: (slowness(sizes, num_outputs), sizes.peak_bytes))
+    kept = [sized(best.batch, best.rows, best.cols, count) for count in range(1, MAX_RESIDENT + 1)]
+    return max((s for s in kept if s.peak_bytes <= limit), key=lambda s: s.resident)
 
 
-def _larger(best: Sizes, candidate: Sizes, limit: int) -> Sizes:
-    """The candidate if it fits."""
-    return candidate if candidate.peak_bytes <= limit else best
+def chunks(batch: int, block_size: int) -> list[int]:
+    """Sizes of whole passes, and the whole block."""
+    return [*range(batch, block_size, batch), block_size]
+
+
+def slowness(sizes: Sizes, num_outputs: int) -> float:
+    """Time that a pair of examples takes, in products of a token with all weights.
+
+    Args:
+        sizes: how a cell is worked off.
+        num_outputs: c.
+
+    Returns:
+        c (1/r + 1/q) + (1 + c)(1 + 1/(4b)) / q, per token.
+    """
+    capture = (1 + num_outputs) * (1 + 0.25 / sizes.batch) / sizes.cols
+    return num_outputs * (1 / sizes.rows + 1 / sizes.cols) + capture
 
 
 # ------------------------------------------------------------------ the process
@@ -144,20 +160,21 @@ def _glibc() -> Any:
     return ctypes.CDLL(None)
 
 
-def keep_heap_small() -> None:
-    """Give freed tensors back to the system at once.
+def keep_heap_ready() -> None:
+    """Let the C library reuse freed tensors instead of mapping new memory for each.
 
-    glibc raises its threshold for separate mappings up to 32 MiB as large blocks are freed, and
-    keeps what lies below on its heap; captures of some MiB then stay resident after their cell.
+    A fresh mapping costs a page fault for every 4 KiB: a third of a worker's time in a system
+    call (measured on the quick start's model), which reuse halves. What stays free in between is
+    given back by `trim_heap` at every step that frees much.
     """
     libc = _glibc()
     if libc is not None:
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-        libc.mallopt(_TRIM_THRESHOLD, 16 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
 
 
 def trim_heap() -> None:
-    """Give free pages between small blocks back to the system."""
+    """Give free pages, also those between used ones, back to the system."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -84,7 +84,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         _settle_torch(spec.compute)
-        memory.keep_heap_small()
+        memory.keep_heap_ready()
         self._spec = spec
         self._handle = Store(spec.store_path).open(spec.fingerprint)
         stored = None if spec.encoded.label_ids else self._handle.read_head()
@@ -198,6 +198,7 @@ class Worker:
                 for group, block in self._contract(left, right):
                     values[group][at, :, to] = block
                 del left
+            del right  # else it would live on while the next column chunk is captured
         return values, logits
 
     def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, np.ndarray]]:
@@ -215,9 +216,10 @@ class Worker:
         return self._columns[examples]
 
     def _capture(self, examples: range) -> Capture:
-        return Capture.concatenate(
-            [self._tracer.capture(self._batch(b)) for b in _split(examples, self._sizes.batch)]
-        )
+        passes = _split(examples, self._sizes.batch)
+        captures = [self._tracer.capture(self._batch(b)) for b in passes]
+        memory.trim_heap()
+        return Capture.concatenate(captures, after_group=memory.trim_heap)
 
     def _batch(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
         return collate(self._spec.encoded, examples, self._spec.compute.device)
@@ -241,10 +243,12 @@ class Worker:
         edge = self._spec.kernel.block_size * self._spec.num_labels
         itemsize = np.dtype(self._handle.manifest.dtype).itemsize
         module = self._problem.module
+        by_group = self._tracer.capture(batch).bytes_by_group()
         return Footprint(
             weights=_num_bytes([*module.parameters(), *module.buffers()]),
             audit=2 * _num_bytes(_selected(self._problem)),
-            factors=self._tracer.capture(batch).num_bytes,
+            factors=sum(by_group.values()),
+            largest=max(by_group.values()),
             forward=self._tracer.bytes_per_example(batch),
             output=len(self._tracer.groups) * edge * edge * itemsize,
         )
@@ -252,7 +256,12 @@ class Worker:
     @cached_property
     def _sizes(self) -> Sizes:
         block_size = self._spec.kernel.block_size
-        return memory.chunk_sizes(self._footprint, self._spec.compute, block_size=block_size)
+        return memory.chunk_sizes(
+            self._footprint,
+            self._spec.compute,
+            block_size=block_size,
+            num_outputs=self._spec.num_labels,
+        )
 
     def _is_stored(self, cell: Cell) -> bool:
         return _can_read(lambda: self._handle.read_block(cell)) and _can_read(

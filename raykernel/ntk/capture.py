@@ -9,7 +9,7 @@ example, which is theirs. Either way the result is exact; only the cost differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,15 +54,27 @@ class Capture:
     @property
     def num_bytes(self) -> int:
         """Memory of the factors, in bytes."""
-        by_parameter = [parts for group in self.parts.values() for parts in group.values()]
-        return sum(num_bytes(part) for parts in by_parameter for part in parts)
+        return sum(self.bytes_by_group().values())
+
+    def bytes_by_group(self) -> dict[str, int]:
+        """Memory of the factors by layer group, in bytes."""
+        return {
+            group: sum(num_bytes(part) for parts in by_name.values() for part in parts)
+            for group, by_name in self.parts.items()
+        }
 
     @staticmethod
-    def concatenate(captures: Sequence[Capture]) -> Capture:
+    def concatenate(
+        captures: Sequence[Capture], *, after_group: Callable[[], None] | None = None
+    ) -> Capture:
         """Captures of one tracer as one, along examples; token counts may differ.
+
+        The captures give up their factors layer by layer, so that never more than one layer's
+        exist twice; they are empty afterwards.
 
         Args:
             captures: at least one.
+            after_group: called whenever a layer's factors have been joined and the pieces freed.
 
         Returns:
             All their examples, in order.
@@ -72,13 +84,16 @@ class Capture:
             return first
         counts = [len(capture.logits) for capture in captures]
         parts: Parts = {}
-        for group in first.parts:
-            own = [capture.parts[group] for capture in captures]
+        for group in list(first.parts):
+            own = [capture.parts.pop(group) for capture in captures]
             names = dict.fromkeys(name for by_name in own for name in by_name)
             parts[group] = {
                 name: join_examples([by_name.get(name, ()) for by_name in own], counts)
                 for name in names
             }
+            del own
+            if after_group is not None:
+                after_group()
         return Capture(torch.cat([c.logits for c in captures]), parts, first.crosses)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes
+from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes, slowness
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
 from tests.compute.tiny_problem import save_model
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 FOOTPRINT = Footprint(
-    weights=100 * MIB, audit=200 * MIB, factors=20 * MIB, forward=50 * MIB, output=MIB
+    weights=100 * MIB, audit=200 * MIB, factors=20 * MIB, largest=MIB, forward=50 * MIB, output=MIB
 )
 
 
@@ -32,7 +32,7 @@ def test_sizes_fit_and_are_whole_passes_or_the_block(
     memory_gb: float, batch_size: int, block_size: int
 ) -> None:
     compute = ComputeConfig(memory_gb=memory_gb, batch_size=batch_size)
-    sizes = chunk_sizes(FOOTPRINT, compute, block_size=block_size)
+    sizes = chunk_sizes(FOOTPRINT, compute, block_size=block_size, num_outputs=2)
     assert sizes.peak_bytes <= memory_gb * GIB
     assert 1 <= sizes.batch <= min(batch_size, block_size)
     for size in (sizes.rows, sizes.cols):
@@ -40,20 +40,21 @@ def test_sizes_fit_and_are_whole_passes_or_the_block(
         assert size == block_size or size % sizes.batch == 0
 
 
-def test_more_memory_never_makes_chunks_smaller() -> None:
+def test_more_memory_never_makes_chunks_slower() -> None:
     sizes = [
-        chunk_sizes(FOOTPRINT, ComputeConfig(memory_gb=gb / 4), block_size=16)
+        chunk_sizes(FOOTPRINT, ComputeConfig(memory_gb=gb / 4), block_size=16, num_outputs=2)
         for gb in range(5, 40)
     ]
-    assert [s.batch * s.cols for s in sizes] == sorted(s.batch * s.cols for s in sizes)
+    times = [slowness(s, 2) for s in sizes]
+    assert times == sorted(times, reverse=True)
     assert sizes[-1].rows == sizes[-1].cols == 16
     assert sizes[-1].resident > 1
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
     huge = dataclasses.replace(FOOTPRINT, weights=28 * GIB)
-    with pytest.raises(InputError, match=r"memory_gb: found 4, expected at least 28\.\d\d GiB"):
-        chunk_sizes(huge, ComputeConfig(), block_size=16)
+    with pytest.raises(InputError, match=r"memory_gb: found 4, expected at least 29\.\d\d GiB"):
+        chunk_sizes(huge, ComputeConfig(), block_size=16, num_outputs=2)
 
 
 def test_the_peak_is_this_processes_own() -> None:
@@ -98,10 +99,10 @@ def measure(folder: Path, model: str, num_rows: int, memory_gb: float) -> dict[s
 def test_memory_is_flat_and_time_linear_in_the_rows(tmp_path: Path) -> None:
     sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}
     model = save_model(tmp_path / "model", num_hidden_layers=4, **sizes).name
-    few, many = (measure(tmp_path / str(n), model, 8 + n, 0.85) for n in (8, 80))
+    few, many = (measure(tmp_path / str(n), model, 8 + n, 0.9) for n in (8, 80))
     assert few["receipt"] == few["peak"]
     # The factors of all 88 examples (5 MiB each) would not fit beside the process.
-    assert max(few["peak"], many["peak"]) < 0.85 * GIB
+    assert max(few["peak"], many["peak"]) < 0.9 * GIB
     assert many["peak"] < few["peak"] + 64 * MIB
     # 2 cells against 11, and as much again for whatever else the process does.
     assert many["seconds"] / few["seconds"] < 2 * 11 / 2
