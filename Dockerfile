@@ -12,7 +12,7 @@ COPY --chown=ray:users conf conf
 COPY --chown=ray:users sweeps sweeps
 
 # The image's Ray stays as it is; a second one would not talk to it.
-RUN pip install --no-cache-dir "ray[default,tune]==$(python -c 'import ray; print(ray.__version__)')" .
+RUN pip install --no-cache-dir "ray[default]==$(python -c 'import ray; print(ray.__version__)')" .
 
 # Shared memory of a container is 64 MB unless --shm-size says otherwise; Ray wants more.
 # Models land in the cache: mount a volume on /home/ray/.cache.
