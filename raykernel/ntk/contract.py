@@ -166,11 +166,9 @@ def _same_matrix(left: Product, right: Product) -> bool:
 
 
 def _by_longer_side(part: Product) -> Product:
-    """The gradient or its transpose, whichever has more rows and so the larger tiles.
-
-    ⟨G, G'⟩ = ⟨Gᵀ, G'ᵀ⟩, and a tile of few long rows makes thin products: half the speed where a
-    layer has thrice as many inputs as outputs.
-    """
+    """The gradient or its transpose, whichever has more rows and so the larger tiles."""
+    # ⟨G, G'⟩ = ⟨Gᵀ, G'ᵀ⟩, and a tile of few long rows makes thin products: half the speed where a
+    # layer has thrice as many inputs as outputs.
     if part.rows is None and part.num_rows < part.width:
         return replace(part, transposed=not part.transposed)
     return part
