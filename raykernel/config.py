@@ -97,6 +97,8 @@ class TaskConfig:
     """File that test examples are drawn from; null holds a part of `train` out."""
     text: list[str] = field(default_factory=list)
     """Text columns, in order."""
+    clean_text: bool = False
+    """Undo HTML entities and outer quotation marks in texts, which exports of reviews carry."""
     label: str = "label"
     """Label column."""
     labels: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""README tells the truth: its commands compose, its picture names real modules, CI runs its test."""
+"""README tells the truth: its commands compose, and CI runs its test command."""
 
 from __future__ import annotations
 

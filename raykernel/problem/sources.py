@@ -7,8 +7,9 @@ few-shot samples depend on it.
 from __future__ import annotations
 
 import csv
+import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -32,6 +33,27 @@ class Rows:
 
 
 def read_rows(task: TaskConfig) -> tuple[Rows, Rows | None]:
+    """As `read_source`, with the texts cleaned where the task asks for it."""
+    train, test = read_source(task)
+    if not task.clean_text:
+        return train, test
+    return with_clean_texts(train), with_clean_texts(test) if test else None
+
+
+def with_clean_texts(rows: Rows) -> Rows:
+    """Rows whose texts have no HTML entities and no outer quotation marks."""
+    texts = tuple(
+        tuple(cell if cell is None else clean(cell) for cell in row) for row in rows.texts
+    )
+    return replace(rows, texts=texts)
+
+
+def clean(text: str) -> str | None:
+    """Undo what an export did to a text: `"I&#039;m fine"` is I'm fine. None if nothing is left."""
+    return html.unescape(text).strip().strip('"').strip() or None
+
+
+def read_source(task: TaskConfig) -> tuple[Rows, Rows | None]:
     """The rows that few-shot examples, and those that test examples are drawn from.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from raykernel.config import PromptConfig, RunConfig, TaskConfig
 from raykernel.errors import InputError
 from raykernel.problem.prompts import resolve_prompt
+from raykernel.problem.sources import read_rows
 from raykernel.problem.tasks import Data, load_data, shuffled
 from raykernel.terms import PromptStyle, Source, Split
 
@@ -271,6 +273,21 @@ def test_packaged_drug_reviews() -> None:
     conditions = load_data(conf_task("drug_conditions"))
     assert [len(conditions.splits[split]) for split in Split] == [48, 48, 155]
     assert len(load_data(conf_task("drug_reviews_three")).splits[Split.test]) == 108
+    texts = [text for example in data.examples for text in example.texts]
+    assert not any("&#" in text or text.startswith('"') for text in texts)
+
+
+def test_clean_text_undoes_entities_and_outer_quotes_only_where_asked(tmp_path: Path) -> None:
+    cells = ['"I&#039;m &quot;fine&quot; now"', "plain"]
+    lines = [f"{cell}\t{label}" for label in "ab" for cell in cells]
+    (tmp_path / "a.tsv").write_text("review\trating\n" + "\n".join(lines) + "\n")
+    task = TaskConfig(text=["review"], label="rating", train=str(tmp_path / "a.tsv"), k=1)
+    raw, _ = read_rows(task)
+    clean, _ = read_rows(replace(task, clean_text=True))
+    assert "I&#039;m" in str(raw.texts[0][0])
+    assert clean.texts[0][0] == 'I\'m "fine" now'
+    assert clean.texts[1] == raw.texts[1] == ("plain",)
+    assert clean.ids == raw.ids
 
 
 # ---------------------------------------------------------------- mistakes
