@@ -3,7 +3,8 @@
 Sizes follow from configuration, model and token counts alone, never from what is free at the
 moment: another size is another order of summation, and a resumed run must give the same bits.
 
-    peak ≈ process + weights + 3 · output block + resident · q · f + r · f + b · p + max(r, q) · g
+    peak ≈ process + weights + 3 · output block
+                    + 1.1 · (resident · q · f + r · f + b · p + max(r, q) · g)
 
 f bytes of factors and p bytes of a pass per example (of the longest one), g bytes of its largest
 layer's factors, b examples of a pass, r and q examples of a row and a column chunk. A chunk of
@@ -38,6 +39,9 @@ CUDA_BYTES = 512 << 20
 
 GRAM_BYTES = 64 << 20
 """Bound on the temporaries of a contraction; on a CPU its tiles are far smaller."""
+
+HEAP_SLACK = 1.1
+"""Memory that the heap keeps between used blocks, 4 % at the most where it was measured."""
 
 MAX_RESIDENT = 64
 """Column chunks kept at the most; cells come column by column, so that few are used again."""
@@ -105,7 +109,7 @@ def chunk_sizes(
     def sized(batch: int, rows: int, cols: int, resident: int) -> Sizes:
         f, p = footprint.factors, footprint.forward
         joining = footprint.largest * max(rows if rows > batch else 0, cols if cols > batch else 0)
-        work = resident * cols * f + rows * f + batch * p + joining
+        work = int(HEAP_SLACK * (resident * cols * f + rows * f + batch * p + joining))
         start = footprint.audit + 2 * p
         return Sizes(batch, rows, cols, resident, fixed + max(start, work))
 
