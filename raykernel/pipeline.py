@@ -237,8 +237,8 @@ def solve(prepared: Prepared, handle: KernelHandle) -> dict[Kind, RegressionResu
         Selected grid point and scores by kind.
     """
     config, logits, labels = prepared.config, handle.logits(), example_labels(prepared.data)
-    stored = np.float64 if config.kernel.precision is Precision.float64 else np.float32
-    resolution = float(np.finfo(stored).eps) * prepared.grid.num_cols * logits.shape[1]
+    eps = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
+    resolution = eps * prepared.grid.num_cols * logits.shape[1]
     results = {}
     for kind in config.kernel.kinds:
         k = handle.kernel(config.solver.groups or None, kind=kind.value)
