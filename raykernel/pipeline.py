@@ -25,7 +25,7 @@ from raykernel.problem.probe import fit_head
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
-from raykernel.terms import ExecutorName, Kind, Precision, PromptStyle, Split
+from raykernel.terms import ExecutorName, Kind, PromptStyle, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,12 @@ def open_kernel(prepared: Prepared) -> KernelHandle:
 
 def begin_kernel(prepared: Prepared, store: Store) -> KernelHandle:
     """Make the kernel's folder in a store, or open it."""
-    double = prepared.config.kernel.precision is Precision.float64
     return store.begin(
         prepared.identity,
         grid=prepared.grid,
         num_outputs=len(prepared.data.labels),
         examples=example_table(prepared.data),
-        dtype="float64" if double else "float32",
+        dtype=prepared.config.kernel.precision.stored,
     )
 
 

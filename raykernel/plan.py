@@ -39,7 +39,7 @@ class Plan:
     def store_bytes(self) -> int:
         """Bytes that the missing blocks will take."""
         grid, c = self.prepared.grid, len(self.prepared.data.labels)
-        itemsize = 8 if self.prepared.config.kernel.precision.value == "float64" else 4
+        itemsize = np.dtype(self.prepared.config.kernel.precision.stored).itemsize
         entries = sum(len(cell.rows) * len(cell.cols) for cell in grid.cells()) * c * c
         share = self.blocks_missing / self.blocks_total
         return int(share * entries * itemsize * len(self.worker.methods))

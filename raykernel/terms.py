@@ -83,6 +83,11 @@ class Precision(Enum):
     tf32 = "tf32"
     bfloat16 = "bfloat16"
 
+    @property
+    def stored(self) -> str:
+        """Type of the stored blocks: sums over layers are never taken in less than float32."""
+        return "float64" if self is Precision.float64 else "float32"
+
 
 class ExecutorName(Enum):
     """Where blocks are computed."""

@@ -16,6 +16,16 @@ Readout = Callable[[nn.Module, Batch], Tensor]
 VOCAB, HIDDEN, LAYERS, HEADS, INNER, MAX_TOKENS = 61, 16, 2, 2, 24, 32
 PAD, MASK = 1, 4
 LABEL_IDS = (11, 17)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": INNER,
+    "max_position_embeddings": MAX_TOKENS,
+    "initializer_range": 0.2,
+    "attn_implementation": "eager",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,18 +87,7 @@ def causal_readout(model: nn.Module, batch: Batch) -> Tensor:
 def _bert_like(name: str, **options: object) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=INNER,
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=PAD,
-        initializer_range=0.2,
-        attn_implementation="eager",
-        **options,
-    )
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, "pad_token_id": PAD, **options})
     return getattr(transformers, f"{name}ForMaskedLM")(config)
 
 
@@ -114,15 +113,7 @@ def _causal(name: str, **options: object) -> nn.Module:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=INNER,
-        max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.2,
-        attn_implementation="eager",
-        **{"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3, **options},
+        **{**SIZES, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3, **options}
     )
     model_name = name.removesuffix("Text") if name != "Gemma3Text" else "Gemma3"
     return getattr(transformers, f"{model_name}ForCausalLM")(config)
