@@ -30,6 +30,7 @@ from raykernel.terms import (
     Precision,
     PromptStyle,
     Source,
+    Truncation,
 )
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class TaskConfig:
     """Tokens of the first text at the most."""
     other_limit: int | None = None
     """Tokens of each further text at the most."""
+    truncate: Truncation = Truncation.tail
+    """Which end of a text that is too long is cut: tail or head."""
     prompts: dict[str, PromptText] = field(default_factory=dict)
     """Template and words by prompt style (manual, searched, null)."""
 

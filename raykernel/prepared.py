@@ -103,6 +103,7 @@ def identity_of(config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded)
             "k": task.k,
             "seed": task.seed,
             "max_length": task.max_length,
+            "truncate": task.truncate.value,
             "num_test": len(data.splits[Split.test]),
             "examples": data.fingerprint,
         },

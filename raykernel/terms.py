@@ -34,6 +34,14 @@ class Source(Enum):
     packaged = "packaged"
 
 
+class Truncation(Enum):
+    """Which end of a text gives way to the token limits."""
+
+    tail = "tail"
+    head = "head"
+    """The beginning: where the end says more, as the verdict of a review does."""
+
+
 class PromptStyle(Enum):
     """How a task becomes a cloze question (Malladi et al. 2023, Table 9)."""
 

@@ -20,7 +20,7 @@ from raykernel.errors import InputError
 from raykernel.problem.label_words import label_ids, label_words, tokens_of
 from raykernel.problem.tasks import Data
 from raykernel.problem.templates import CLS, LABEL, SEP, Piece, PieceKind, parse
-from raykernel.terms import Architecture, PromptStyle
+from raykernel.terms import Architecture, PromptStyle, Truncation
 
 Batch = dict[str, Tensor]
 
@@ -102,8 +102,8 @@ def encode(
     """All examples as token ids.
 
     The texts are cut to `first_limit` and `other_limit`; if the whole is still longer than
-    `max_length` or the model's positions, the longest text gives way from its end. Template,
-    special tokens and label word are never cut.
+    `max_length` or the model's positions, the longest text gives way, from its end or, with
+    `task.truncate=head`, from its beginning. Template, special tokens and label word are never cut.
 
     Args:
         data: the examples.
@@ -270,12 +270,12 @@ def first_known(*tokens: int | None) -> int | None:
 def cut(
     parts: Sequence[list[int]], pieces: Sequence[Piece], task: TaskConfig, limit: int
 ) -> list[list[int]]:
-    """The parts of one example within all limits; only texts lose tokens, from their ends.
+    """The parts of one example within all limits; only texts lose tokens, from one end.
 
     Args:
         parts: token ids of each piece.
         pieces: the pieces.
-        task: limits of single texts, in tokens.
+        task: limits of single texts, in tokens, and the end that gives way.
         limit: tokens of the whole.
 
     Returns:
@@ -288,7 +288,8 @@ def cut(
     texts = [index for index, piece in enumerate(pieces) if piece.kind is PieceKind.text]
     for index in texts:
         bound = task.other_limit if pieces[index].column else task.first_limit
-        kept[index] = kept[index][:bound]
+        if bound is not None:
+            kept[index] = shortened(kept[index], bound, task.truncate)
     total = sum(map(len, kept))
     fixed = total - sum(len(kept[index]) for index in texts)
     if fixed >= limit:
@@ -301,9 +302,16 @@ def cut(
         others = [len(kept[index]) for index in texts if index != longest]
         # down to the next longest at once, then one by one in turn
         step = min(total - limit, max(1, len(kept[longest]) - max(others, default=0)))
-        kept[longest] = kept[longest][: len(kept[longest]) - step]
+        kept[longest] = shortened(kept[longest], len(kept[longest]) - step, task.truncate)
         total -= step
     return kept
+
+
+def shortened(tokens: list[int], length: int, truncate: Truncation) -> list[int]:
+    """At most `length` tokens, without those beyond it at one end."""
+    if truncate is Truncation.head:
+        return tokens[max(0, len(tokens) - length) :]
+    return tokens[:length]
 
 
 def segments(

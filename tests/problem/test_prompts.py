@@ -16,7 +16,7 @@ from raykernel.errors import InputError
 from raykernel.problem.prompts import Encoded, Prompt, collate, encode, resolve_prompt
 from raykernel.problem.tasks import Data, Example
 from raykernel.problem.templates import Piece, PieceKind, parse
-from raykernel.terms import Architecture, PromptStyle, Split
+from raykernel.terms import Architecture, PromptStyle, Split, Truncation
 
 MASKED, CAUSAL, ENCODER = Architecture.masked_lm, Architecture.causal_lm, Architecture.encoder
 LABELS = ("negative", "positive")
@@ -221,6 +221,15 @@ def test_the_longest_text_gives_way():
     assert "".join(tokens(result)) == "<s>xxxx<mask>yyy</s>"
 
 
+def test_the_beginning_of_a_text_gives_way_on_request():
+    result = encoded("{a} {label}", ("abcdefgh",), max_length=6, truncate=Truncation.head)
+    assert tokens(result) == ["<s>", "f", "g", "h", "<mask>", "</s>"]
+    result = encoded("{a} {label} {b}", ("abcd", "wxyz"), first_limit=2, truncate=Truncation.head)
+    assert tokens(result) == ["<s>", "c", "d", "<mask>", "Ġw", "x", "y", "z", "</s>"]
+    result = encoded("{a} {label}", ("ab",), first_limit=5, truncate=Truncation.head)
+    assert tokens(result) == ["<s>", "a", "b", "<mask>", "</s>"]
+
+
 @given(
     st.lists(
         st.tuples(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40)),
@@ -232,10 +241,12 @@ def test_the_longest_text_gives_way():
     st.none() | st.integers(min_value=1, max_value=20),
     st.none() | st.integers(min_value=1, max_value=20),
     st.sampled_from(["{a} It was {label}. {b}", "{label}: {a}{b}", "{b}{a} It {label}"]),
+    st.sampled_from(Truncation),
 )
 @settings(max_examples=60, deadline=None)
-def test_only_texts_are_cut(texts, max_length, max_positions, first, other, template):
+def test_only_texts_are_cut(texts, max_length, max_positions, first, other, template, truncate):
     limits = {"max_length": max_length, "first_limit": first, "other_limit": other}
+    limits["truncate"] = truncate
     result = encoded(template, *texts, max_positions=max_positions, **limits)
     empty = encoded(template, *[("", "")] * len(texts))
     space = bpe().convert_tokens_to_ids("Ġ")
