@@ -57,6 +57,10 @@ class WorkerLostError(RunError):
     """A block failed on every attempt allowed."""
 
 
+_MAX_LISTED = 30
+"""Choices that an error message lists; a model can have hundreds of layer groups."""
+
+
 def nearest(name: str, choices: Iterable[str], *, count: int = 3) -> str:
     """A clause that names the likeliest spellings, for the end of an error message.
 
@@ -66,10 +70,13 @@ def nearest(name: str, choices: Iterable[str], *, count: int = 3) -> str:
         count: how many near names at the most.
 
     Returns:
-        `did you mean 'a' or 'b'?`, or the whole list where nothing is near.
+        `did you mean 'a' or 'b'?`, or the list, at most thirty of it, where nothing is near.
     """
     known = sorted(set(choices))
     near = get_close_matches(name, known, n=count, cutoff=0.5)
     if near:
         return "did you mean " + " or ".join(repr(choice) for choice in near) + "?"
-    return "choose one of " + ", ".join(known) if known else "there is nothing to choose from"
+    if not known:
+        return "there is nothing to choose from"
+    more = f", … ({len(known)} in all)" if len(known) > _MAX_LISTED else ""
+    return "choose one of " + ", ".join(known[:_MAX_LISTED]) + more
