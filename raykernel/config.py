@@ -217,12 +217,21 @@ class KernelConfig:
     """Kernels to compute."""
     precision: Precision = Precision.float32
     """Arithmetic; results are stored in float32 (float64: in float64)."""
+    dead_zone: float = 1e-5
+    """Gradients this small against the terms that they are the sum of have sign 0."""
     block_size: int = 16
     """Examples on a side of a block. Larger: fewer passes, more memory, more lost in a crash."""
 
     def __post_init__(self) -> None:
         require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
+        require(0 <= self.dead_zone < 1, "kernel.dead_zone", self.dead_zone, "0 to 1")
         require(self.block_size >= 1, "kernel.block_size", self.block_size, "at least 1")
+
+    @property
+    def stored_kinds(self) -> list[Kind]:
+        """Kinds in a block: an asymmetric one with its other side, which blocks not stored need."""
+        both = [kind for chosen in self.kinds for kind in (chosen, chosen.flipped)]
+        return list(dict.fromkeys(both))
 
 
 @dataclass(frozen=True)

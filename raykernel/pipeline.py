@@ -226,20 +226,22 @@ def write_probe(prepared: Prepared, handle: KernelHandle, executor: Executor) ->
 
 
 def solve(prepared: Prepared, handle: KernelHandle) -> dict[Kind, RegressionResult]:
-    """Kernel regression for each kind of kernel.
+    """Kernel regression for each kind of kernel that is a symmetric matrix on train.
 
     Args:
         prepared: the run.
         handle: its complete kernel.
 
     Returns:
-        Selected grid point and scores by kind.
+        Selected grid point and scores by kind; ridge regression has no meaning for the others.
     """
     config, logits, labels = prepared.config, handle.logits(), example_labels(prepared.data)
     eps = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
     resolution = eps * prepared.grid.num_cols * logits.shape[1]
     results = {}
     for kind in config.kernel.kinds:
+        if not kind.is_symmetric:
+            continue
         k = handle.kernel(config.solver.groups or None, kind=kind.value)
         train, dev, test = (
             SplitData(k[at.start : at.stop], logits[at.start : at.stop], labels[at.start : at.stop])
@@ -325,6 +327,12 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
             ]
         )
     splits = prepared.data.splits
+    for kind in config.kernel.kinds:
+        if not kind.is_symmetric:
+            screen.say(
+                f"Note: {kind.value} is not symmetric, so that ridge regression does not apply; "
+                f"its blocks are stored: open_store(…).kernel(kind={kind.value!r})"
+            )
     screen.table(
         ["", f"{metric} (test)", "dev", "ridge", "f0 scaling", "condition number"],
         rows,

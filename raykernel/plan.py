@@ -42,7 +42,8 @@ class Plan:
         itemsize = np.dtype(self.prepared.config.kernel.precision.stored).itemsize
         entries = sum(len(cell.rows) * len(cell.cols) for cell in grid.cells()) * c * c
         share = self.blocks_missing / self.blocks_total
-        return int(share * entries * itemsize * len(self.worker.methods))
+        num_kinds = len(self.prepared.config.kernel.stored_kinds)
+        return int(share * entries * itemsize * num_kinds * len(self.worker.methods))
 
     @property
     def flops(self) -> float:

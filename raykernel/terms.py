@@ -13,6 +13,28 @@ class Kind(Enum):
 
     sgd = "sgd"
     """K[i, a, j, b] = <∇f_a(x_i), ∇f_b(x_j)>, the empirical NTK."""
+    signgd = "signgd"
+    """K[i, a, j, b] = <sign ∇f_a(x_i), sign ∇f_b(x_j)>, of Adam early in training."""
+    asigngd = "asigngd"
+    """K[i, a, j, b] = <∇f_a(x_i), sign ∇f_b(x_j)>, asymmetric."""
+    asigngd_flipped = "asigngd_flipped"
+    """K[i, a, j, b] = <sign ∇f_a(x_i), ∇f_b(x_j)>, the same seen from the columns."""
+
+    @property
+    def has_signs(self) -> bool:
+        """Whether signs of gradients enter."""
+        return self is not Kind.sgd
+
+    @property
+    def flipped(self) -> Kind:
+        """The kind whose K[j, b, i, a] is this kind's K[i, a, j, b]: itself if symmetric."""
+        pair = (Kind.asigngd, Kind.asigngd_flipped)
+        return pair[1 - pair.index(self)] if self in pair else self
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the kernel of examples with themselves is a symmetric matrix."""
+        return self.flipped is self
 
 
 class Metric(Enum):

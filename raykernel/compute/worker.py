@@ -111,7 +111,6 @@ class Worker:
             values, logits = self._values(cell)
         if not _can_read(lambda: self._handle.read_logits(cell.i)):
             self._handle.write_logits(cell.rows, logits)
-        kernels = {kind.value: values for kind in self._spec.kernel.kinds}
         provenance: dict[str, Json] = {
             "seconds": time.monotonic() - start,
             "peak_memory_bytes": self._peak_bytes(),
@@ -120,8 +119,8 @@ class Worker:
             "threads": torch.get_num_threads(),
             "batch": self._sizes.batch,
         }
-        num_bytes = self._handle.write_block(cell, kernels, provenance)
-        del values, kernels
+        num_bytes = self._handle.write_block(cell, values, provenance)
+        del values
         memory.trim_heap()
         return self._receipt(cell, start, num_bytes=num_bytes, already_stored=False)
 
@@ -178,12 +177,17 @@ class Worker:
 
     # ------------------------------------------------------------ numbers
 
-    def _values(self, cell: Cell) -> tuple[dict[str, np.ndarray], Float[np.ndarray, "n c"]]:
-        """Every group's block of a cell, and the rows' logits."""
+    def _values(
+        self, cell: Cell
+    ) -> tuple[dict[str, dict[str, np.ndarray]], Float[np.ndarray, "n c"]]:
+        """A cell's blocks by kind and group, and the rows' logits."""
         handle, c = self._handle, self._spec.num_labels
         shape = (len(cell.rows), c, len(cell.cols), c)
         dtype = np.dtype(handle.manifest.dtype)
-        values = {group: np.empty(shape, dtype) for group in self._tracer.groups}
+        values = {
+            kind.value: {group: np.empty(shape, dtype) for group in self._tracer.groups}
+            for kind in self._spec.kernel.stored_kinds
+        }
         logits = np.empty((len(cell.rows), c))
         # Back and forth: the last column chunk of a cell is the first of the next one.
         chunks = list(_split(cell.cols, self._sizes.cols))
@@ -195,16 +199,24 @@ class Worker:
                 at = slice(rows.start - cell.rows.start, rows.stop - cell.rows.start)
                 to = slice(cols.start - cell.cols.start, cols.stop - cell.cols.start)
                 logits[at] = left.logits.double().cpu().numpy()
-                for group, block in self._contract(left, right):
-                    values[group][at, :, to] = block
+                for kind, group, block in self._contract(left, right):
+                    values[kind][group][at, :, to] = block
                 del left
             del right  # else it would live on while the next column chunk is captured
         return values, logits
 
-    def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, np.ndarray]]:
-        blocks = contract.gram(left, right, max_bytes=memory.GRAM_BYTES)
-        for group, block in blocks.items():
-            yield group, block.cpu().numpy()
+    def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, str, np.ndarray]]:
+        kernel = self._spec.kernel
+        found = contract.grams(
+            left,
+            right,
+            kinds=kernel.stored_kinds,
+            dead_zone=kernel.dead_zone,
+            max_bytes=memory.GRAM_BYTES,
+        )
+        for kind, blocks in found.items():
+            for group, block in blocks.items():
+                yield kind.value, group, block.cpu().numpy()
 
     def _column(self, examples: range) -> Capture:
         """A column chunk, kept for the next cells as long as memory allows."""
@@ -228,7 +240,8 @@ class Worker:
 
     @cached_property
     def _tracer(self) -> Tracer:
-        return Tracer(self._problem.module, self._problem.readout)
+        signs = any(kind.has_signs for kind in self._spec.kernel.kinds)
+        return Tracer(self._problem.module, self._problem.readout, signs=signs)
 
     @cached_property
     def _longest(self) -> list[int]:
@@ -242,7 +255,7 @@ class Worker:
         batch = self._batch(self._longest[:1])
         edge = self._spec.kernel.block_size * self._spec.num_labels
         itemsize = np.dtype(self._handle.manifest.dtype).itemsize
-        module = self._problem.module
+        module, kinds = self._problem.module, self._spec.kernel.stored_kinds
         by_group = self._tracer.capture(batch).bytes_by_group()
         return Footprint(
             weights=_num_bytes([*module.parameters(), *module.buffers()]),
@@ -250,7 +263,7 @@ class Worker:
             factors=sum(by_group.values()),
             largest=max(by_group.values()),
             forward=self._tracer.bytes_per_example(batch),
-            output=len(self._tracer.groups) * edge * edge * itemsize,
+            output=len(self._tracer.groups) * len(kinds) * edge * edge * itemsize,
         )
 
     @cached_property

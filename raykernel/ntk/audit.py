@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from raykernel.errors import NonFiniteError
 from raykernel.ntk.batches import Batch, Readout
-from raykernel.ntk.factors import Part
+from raykernel.ntk.factors import Part, magnitude
 from raykernel.ntk.local import requiring_gradients
 
 _SEPARATION_TOLERANCE = 1e-3
@@ -91,14 +91,20 @@ def wrong_parameters(
         Names, or None if the logits themselves are others.
     """
     weights = output_weights(logits)
+    if not parameters:
+        return set()
     errors: dict[str, float] = {}
     norms: dict[str, float] = {}
+    terms: dict[str, float] = {}
 
     def compare(name: str, gradient: Tensor | None) -> None:
-        captured = dense(parts.get(name, ()), weights, parameters[name])
+        own = parts.get(name, ())
+        captured = dense(own, weights, parameters[name])
         actual = torch.zeros_like(captured) if gradient is None else gradient.to(captured.dtype)
         errors[name] = float((actual - captured).norm())
         norms[name] = max(float(actual.norm()), float(captured.norm()))
+        size = parameters[name].numel() ** 0.5
+        terms[name] = sum(float(magnitude(p)[0].double() @ weights.double()) * size for p in own)
 
     # A hook per parameter takes each gradient as it becomes complete and frees it: the peak is
     # one parameter, not all of them.
@@ -123,11 +129,12 @@ def wrong_parameters(
         compare(name, None)
     eps = _precision(logits.dtype)
     total = sum(norm**2 for norm in norms.values()) ** 0.5
-    # Rounding of a gradient that vanishes (attention's key bias) is relative to the others.
+    # Rounding of a gradient that vanishes (attention's key bias) is relative to the others, and to
+    # the terms that cancel in it.
     return {
         name
         for name, error in errors.items()
-        if not error <= eps**0.5 * norms[name] + 10 * eps * total
+        if not error <= eps**0.5 * norms[name] + 10 * eps * (total + terms[name])
     }
 
 

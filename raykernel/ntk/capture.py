@@ -113,12 +113,14 @@ class Tracer:
     Args:
         model: the network.
         readout: logits (n, c) of a batch of n examples, a dict of tensors with leading n.
+        signs: whether kernels of signs are wanted, which need to know what rounding is relative to.
 
     Raises:
         InputError: if no parameter needs a gradient.
     """
 
-    def __init__(self, model: nn.Module, readout: Readout) -> None:
+    def __init__(self, model: nn.Module, readout: Readout, *, signs: bool = False) -> None:
+        self._signs = signs
         self._model = model
         self._readout = readout
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -260,6 +262,7 @@ class Tracer:
             owners=self._groups.owners,
             modules=self._modules,
             local=self._local,
+            scaled=self._signs,
         )
         for clone in (False, True) if not self._clone else (True,):
             recorder = Recorder(watched, n, lengths=lengths, clone=clone)

@@ -11,11 +11,15 @@ same number, the cheaper of which is taken (Goodfellow 2015, arXiv:1510.01799, f
 Everything that is not a product of one matrix with itself goes the direct way over the rows that
 both sides touch: embeddings over the token ids they share, a tied embedding and head over the
 ids that are also label words. Products are summed in float32 (float64 factors: in float64).
+
+Kernels of signs go the direct way always, for a sign is one of the whole gradient (`signs`). For
+the same reason a tied parameter's share of them is not a sum over its uses: all of it stands in
+the first cross group of the modules that share it, and the sum over groups is still the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from raykernel.errors import InputError, NonFiniteError, nearest
+from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.factors import Lookup, Part, Product, accumulator
+from raykernel.ntk.factors import Lookup, Part, Product, accumulator, summed_rows
+from raykernel.terms import Kind
 
 Block = Float[Tensor, "n c m c"]
 
@@ -99,18 +105,34 @@ def gram(
     groups: Collection[str] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> dict[str, Block]:
-    """Kernel block of two captures by layer group; the sum over groups is the whole kernel.
+    """Block of the empirical NTK (kind sgd) by layer group, see `grams`."""
+    return grams(rows, cols, groups=groups, max_bytes=max_bytes)[Kind.sgd]
 
-    A cross group of a tied parameter holds ⟨g_a, g'_b⟩ + ⟨g_b, g'_a⟩.
+
+def grams(
+    rows: Capture,
+    cols: Capture,
+    *,
+    kinds: Sequence[Kind] = (Kind.sgd,),
+    groups: Collection[str] | None = None,
+    dead_zone: float = signs.DEAD_ZONE,
+    max_bytes: int = MAX_BYTES,
+) -> dict[Kind, dict[str, Block]]:
+    """Kernel blocks of two captures by layer group; the sum over groups is the whole kernel.
+
+    A cross group of a tied parameter holds ⟨g_a, g'_b⟩ + ⟨g_b, g'_a⟩ for sgd, and all of the
+    parameter's share for kinds with signs.
 
     Args:
         rows: the row examples.
         cols: the column examples, of the same tracer; `rows` itself for the symmetric block.
+        kinds: kernels wanted; several share the gradients that they need.
         groups: those wanted; None: all.
+        dead_zone: gradients this small against their `magnitude` have sign 0.
         max_bytes: bound on temporary memory; never changes a number beyond rounding.
 
     Returns:
-        (n, c, m, c) by group; zeros for a group that no output depends on.
+        (n, c, m, c) by kind and group; zeros for a group that no output depends on.
 
     Raises:
         InputError: if a group does not exist.
@@ -120,28 +142,68 @@ def gram(
     for group in wanted:
         if group not in rows.groups:
             raise InputError(f"layer group {group!r} does not exist, {nearest(group, rows.groups)}")
-    blocks = {group: _group_block(rows, cols, group, max_bytes) for group in wanted}
-    for group, block in blocks.items():
-        if not bool(block.isfinite().all()):
-            raise NonFiniteError(
-                f"{group}: its kernel block overflows {block.dtype}, expected finite values. "
-                "Use kernel.precision=float64."
-            )
+    blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
+    for group in wanted:
+        of_group = _group_blocks(rows, cols, group, kinds, dead_zone, max_bytes)
+        for kind, block in of_group.items():
+            if not bool(block.isfinite().all()):
+                raise NonFiniteError(
+                    f"{group}: its kernel block overflows {block.dtype}, expected finite values. "
+                    "Use kernel.precision=float64."
+                )
+            blocks[kind][group] = block
     return blocks
 
 
-def _group_block(rows: Capture, cols: Capture, group: str, max_bytes: int) -> Block:
+def _group_blocks(
+    rows: Capture,
+    cols: Capture,
+    group: str,
+    kinds: Sequence[Kind],
+    dead_zone: float,
+    max_bytes: int,
+) -> dict[Kind, Block]:
     n, c = rows.logits.shape
     m = len(cols.logits)
     dtype = accumulator(rows.logits.dtype)
-    total = rows.logits.new_zeros((n * c, m * c), dtype=dtype)
-    sides = rows.crosses.get(group, (group, group))
-    for left, right in dict.fromkeys((sides, sides[::-1])):
-        for name, parts in rows.parts[left].items():
-            for own in parts:
-                for other in cols.parts[right].get(name, ()):
-                    total += _contract(own, other, max_bytes)
-    return total.view(n, c, m, c)
+    total = {kind: rows.logits.new_zeros((n * c, m * c), dtype=dtype) for kind in kinds}
+    of_signs = [kind for kind in kinds if kind.has_signs]
+    complete: set[str] = set()
+    for name, owners in _signed_parameters(rows, group).items() if of_signs else ():
+        # The gradients formed for signs serve sgd, too, but a tied parameter's share of that is
+        # in every group that uses it.
+        own = kinds if owners == (group,) else of_signs
+        left, right = (_uses(side, name, owners) for side in (rows, cols))
+        if left and right:
+            right = left if rows is cols else right
+            found = signed(left, right, own, dead_zone=dead_zone, max_bytes=max_bytes)
+            for kind, block in found.items():
+                total[kind] += block
+        complete.update({name} if Kind.sgd in own else ())
+    if Kind.sgd in kinds:
+        sides = rows.crosses.get(group, (group, group))
+        for of_rows, of_cols in dict.fromkeys((sides, sides[::-1])):
+            for name, parts in rows.parts[of_rows].items():
+                for part in () if name in complete else parts:
+                    for other in cols.parts[of_cols].get(name, ()):
+                        total[Kind.sgd] += _contract(part, other, max_bytes)
+    return {kind: block.view(n, c, m, c) for kind, block in total.items()}
+
+
+def _signed_parameters(capture: Capture, group: str) -> dict[str, tuple[str, ...]]:
+    """Parameters whose kernels of signs stand in this group, with all groups that use them."""
+    home: dict[str, str] = {}
+    for cross, (first, second) in capture.crosses.items():
+        shared = (name for name in capture.parts[first] if name in capture.parts[second])
+        home.update({name: cross for name in shared if name not in home})
+    if group in capture.crosses:
+        names = [name for name, cross in home.items() if cross == group]
+        return {name: tuple(g for g, own in capture.parts.items() if name in own) for name in names}
+    return {name: (group,) for name in capture.parts[group] if name not in home}
+
+
+def _uses(capture: Capture, name: str, groups: Sequence[str]) -> list[Part]:
+    return [part for group in groups for part in capture.parts[group].get(name, ())]
 
 
 def _contract(left: Part, right: Part, max_bytes: int) -> Float[Tensor, "nc mc"]:
@@ -192,7 +254,7 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
     shape = [part.gradients.shape[:2].numel() for part in (left, right)]
     common = torch.promote_types(left.gradients.dtype, right.gradients.dtype)
     total = left.gradients.new_zeros(shape, dtype=accumulator(common))
-    for tile in _tiles(left, right, size):
+    for tile in _tiles([left], [right], size):
         own = left.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
         if left is right:
             _add_upper(total, own)
@@ -200,6 +262,73 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
             other = right.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
             total.addmm_(own, other.mT)
     return _mirrored(total) if left is right else total
+
+
+def signed(
+    left: Sequence[Part],
+    right: Sequence[Part],
+    kinds: Sequence[Kind],
+    *,
+    dead_zone: float,
+    max_bytes: int,
+) -> dict[Kind, Float[Tensor, "nc mc"]]:
+    """Blocks of one parameter for several kinds, its whole gradient formed tile by tile once.
+
+    Args:
+        left: all uses of the parameter on the rows' side.
+        right: on the columns' side; `left` itself for the symmetric block.
+        kinds: kernels wanted.
+        dead_zone: see `signs.signs`.
+        max_bytes: bound on a tile of both sides and their signs.
+
+    Returns:
+        The blocks, examples and outputs flattened; sums of signs are exact integers.
+    """
+    symmetric = left is right
+    shape = [side[0].gradients.shape[:2].numel() for side in (left, right)]
+    width = max(left[0].width, 1)
+    dtype = torch.promote_types(left[0].gradients.dtype, right[0].gradients.dtype)
+    tile_bytes = max_bytes if left[0].gradients.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
+    # Gradients and signs of both sides, and what takes the sign.
+    size = max(1, tile_bytes // (4 * 3 * sum(shape) * width))
+    # A tile's sum of signs is below 2^24, so exact in float32; the sum over tiles needs more.
+    total = {kind: left[0].gradients.new_zeros(shape, dtype=torch.float64) for kind in kinds}
+    thresholds = [signs.threshold(side, dead_zone) for side in (left, right)]
+    for tile in _tiles(left, right, size):
+        own = _tile_of(left, tile, thresholds[0], dtype)
+        other = own if symmetric else _tile_of(right, tile, thresholds[1], dtype)
+        for kind in kinds:
+            rows, cols = own[SIDES[kind][0]], other[SIDES[kind][1]]
+            if rows is cols:
+                piece = rows.new_zeros(shape)
+                _add_upper(piece, rows)
+            else:
+                piece = rows @ cols.mT
+            total[kind] += piece
+    result = {}
+    for kind, block in total.items():
+        mirrored = symmetric and SIDES[kind][0] == SIDES[kind][1]
+        result[kind] = (_mirrored(block) if mirrored else block).to(accumulator(dtype))
+    return result
+
+
+SIDES: dict[Kind, tuple[str, str]] = {
+    Kind.sgd: ("gradient", "gradient"),
+    Kind.signgd: ("sign", "sign"),
+    Kind.asigngd: ("gradient", "sign"),
+    Kind.asigngd_flipped: ("sign", "gradient"),
+}
+"""What stands on the rows' and the columns' side (Malladi et al. 2023, Definitions 3.2 to 3.4)."""
+
+
+def _tile_of(
+    parts: Sequence[Part],
+    tile: Int[Tensor, " s"] | slice,
+    threshold: Float[Tensor, "nc 1"],
+    dtype: torch.dtype,
+) -> dict[str, Float[Tensor, "nc p"]]:
+    gradient = summed_rows(parts, tile).flatten(2).flatten(0, 1).to(accumulator(dtype))
+    return {"gradient": gradient, "sign": signs.signs(gradient, threshold)}
 
 
 def _add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
@@ -213,19 +342,29 @@ def _mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
     return total.triu() + total.triu(1).mT
 
 
-def _tiles(left: Part, right: Part, size: int) -> Iterator[Int[Tensor, " s"] | slice]:
-    """Rows of the parameter that both parts touch, in pieces."""
-    touched = [rows for part in (left, right) if (rows := part.support()) is not None]
-    if touched and len(touched) == 2:
+def _tiles(
+    left: Sequence[Part], right: Sequence[Part], size: int
+) -> Iterator[Int[Tensor, " s"] | slice]:
+    """Rows of the parameter that both sides touch, in pieces."""
+    touched = [rows for side in (left, right) if (rows := _support(side)) is not None]
+    if len(touched) == 2:
         touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
     if touched:
         rows = touched[0]
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
         return
-    assert not isinstance(left, Lookup)
-    num_rows = left.num_rows
+    num_rows = next(p.num_rows for p in left if not isinstance(p, Lookup) and p.support() is None)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
+
+
+def _support(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
+    """Ascending rows of the parameter that any of the parts touches; None: all of them."""
+    supports = [part.support() for part in parts]
+    known = [rows for rows in supports if rows is not None]
+    if len(known) < len(supports):
+        return None
+    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))
 
 
 def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from raykernel.errors import InputError, nearest
 from raykernel.ntk.batches import check_batch
 from raykernel.ntk.capture import Capture, Tracer
-from raykernel.ntk.contract import gram
+from raykernel.ntk.contract import grams
+from raykernel.ntk.signs import DEAD_ZONE
 from raykernel.terms import Kind
 
 
@@ -23,14 +24,19 @@ def empirical_kernel(
     *,
     kinds: Sequence[str | Kind] = ("sgd",),
     groups: Iterable[str] | None = None,
+    dead_zone: float = DEAD_ZONE,
     batch_size: int = 32,
 ) -> dict[str, dict[str, Float[Tensor, "n c m c"]]]:
     """Exact empirical NTK of the parameters with `requires_grad`, by layer group.
 
-        K[i, a, j, b] = Σ_p  ∂f_a(x_i)/∂θ_p · ∂f_b(x_j)/∂θ_p
+        sgd       K[i, a, j, b] = Σ_p       ∂f_a(x_i)/∂θ_p ·      ∂f_b(x_j)/∂θ_p
+        signgd    K[i, a, j, b] = Σ_p  sign ∂f_a(x_i)/∂θ_p · sign ∂f_b(x_j)/∂θ_p
+        asigngd   K[i, a, j, b] = Σ_p       ∂f_a(x_i)/∂θ_p · sign ∂f_b(x_j)/∂θ_p
 
+    (Malladi et al. 2023, Definitions 3.2 to 3.4; `asigngd_flipped` has the sign on the rows.)
     The sum over all groups is the whole kernel: no parameter is left out, and a parameter tied
-    between modules a and b adds a group `cross(a, b)`. Outputs are not traced out. Modules run in
+    between modules a and b adds a group `cross(a, b)`; kernels of signs, which are not sums over
+    the uses of a parameter, have all of its share there. Outputs are not traced out. Modules run in
     eval mode. Sums in float32 (a float64 model: in float64), on the model's device.
     Cost: one forward and c backward passes over rows and columns, then the contraction.
 
@@ -41,6 +47,7 @@ def empirical_kernel(
         cols: the column examples; None: the rows.
         kinds: kernels wanted.
         groups: layer groups wanted, by name or by expressions searched in names; None: all.
+        dead_zone: a coordinate this small against the terms that it is the sum of has sign 0.
         batch_size: examples of one forward pass at the most.
 
     Returns:
@@ -51,10 +58,11 @@ def empirical_kernel(
             that is not (n, c), or a model none of whose parameters has `requires_grad`.
         NonFiniteError: if logits, gradients or blocks are NaN or infinite.
     """
-    names = [_kind_name(kind) for kind in kinds]
+    wanted_kinds = [_kind(kind) for kind in kinds]
+    signs = any(kind.has_signs for kind in wanted_kinds)
     if batch_size < 1:
         raise InputError(f"batch_size: found {batch_size}, expected at least 1.")
-    tracer = Tracer(model, readout)
+    tracer = Tracer(model, readout, signs=signs)
     wanted = None if groups is None else select_groups(tracer.groups, groups)
     row_capture = _capture(tracer, rows, batch_size)
     col_capture = row_capture if cols is None else _capture(tracer, cols, batch_size)
@@ -63,8 +71,8 @@ def empirical_kernel(
             f"readout gave {row_capture.logits.shape[1]} outputs for rows and "
             f"{col_capture.logits.shape[1]} for cols, expected the same outputs for both."
         )
-    blocks = gram(row_capture, col_capture, groups=wanted)
-    return dict.fromkeys(names, blocks)
+    blocks = grams(row_capture, col_capture, kinds=wanted_kinds, groups=wanted, dead_zone=dead_zone)
+    return {kind.value: by_group for kind, by_group in blocks.items()}
 
 
 def select_groups(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
@@ -101,12 +109,11 @@ def _matching(names: Sequence[str], pattern: str) -> list[str]:
         ) from error
 
 
-def _kind_name(kind: str | Kind) -> str:
-    name = kind.value if isinstance(kind, Kind) else kind
-    known = [member.value for member in Kind]
-    if name not in known:
-        raise InputError(f"kinds: {name!r} is no kernel, {nearest(name, known)}")
-    return name
+def _kind(kind: str | Kind) -> Kind:
+    known = {member.value: member for member in Kind}
+    if isinstance(kind, str) and kind not in known:
+        raise InputError(f"kinds: {kind!r} is no kernel, {nearest(kind, known)}")
+    return known[kind] if isinstance(kind, str) else kind
 
 
 def _capture(tracer: Tracer, batch: dict[str, Tensor], batch_size: int) -> Capture:

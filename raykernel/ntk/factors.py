@@ -109,6 +109,8 @@ class Rows:
     gradients: Float[Tensor, "n c p"]
     num_rows: int
     """Rows that the p coordinates are, in the parameter's order."""
+    scale: Float[Tensor, "n c"] | None = None
+    """`magnitude` of the tokens that were summed, where it was asked for."""
 
     @property
     def width(self) -> int:
@@ -149,13 +151,79 @@ def one_example(gradients: Sequence[Tensor]) -> Rows:
     return Rows(_raised(rows), shape[0] if shape else 1)
 
 
+def magnitude(part: Part) -> Float[Tensor, "n c"]:
+    """Root mean square that a gradient would have if none of its tokens cancelled.
+
+        Σ_t |b_t| |a_t| / sqrt(p)
+
+    What rounding leaves of a gradient that is zero (attention's key bias: Σ_t b_t = 0) is small
+    against it, but not against the gradient's own root mean square.
+
+    Args:
+        part: of any kind.
+
+    Returns:
+        One value per example and output; for `Rows` without `scale`, the root mean square itself.
+    """
+    b = _raised(part.gradients)
+    if isinstance(part, Rows):
+        own: Tensor = b.norm(dim=2) / max(b.shape[2], 1) ** 0.5
+        return own if part.scale is None else part.scale
+    if isinstance(part, Lookup):
+        single: Tensor = b.norm(dim=(2, 3)) / max(b.shape[2] * b.shape[3], 1) ** 0.5
+        return single
+    lengths = b.norm(dim=3) * _raised(part.inputs).norm(dim=2).unsqueeze(1)
+    total: Tensor = lengths.sum(2) / max(part.num_rows * part.width, 1) ** 0.5
+    return total
+
+
+def summed_rows(parts: Sequence[Part], rows: Int[Tensor, " s"] | slice) -> RowBlock:
+    """Gradient of these rows of one parameter, over all its parts.
+
+    Args:
+        parts: every use of the parameter.
+        rows: ascending rows; those outside a part's support are zero there.
+
+    Returns:
+        The sum.
+    """
+    return sum_of([_rows_within(part, rows) for part in parts])
+
+
+def sum_of(blocks: Sequence[RowBlock]) -> RowBlock:
+    """Σ of blocks of one shape; one alone is not copied."""
+    total = blocks[0]
+    for block in blocks[1:]:
+        total = total + block
+    return total
+
+
+def _rows_within(part: Part, rows: Int[Tensor, " s"] | slice) -> RowBlock:
+    support = part.support()
+    if isinstance(part, Lookup) or support is None:
+        return part.row_block(rows)
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=support.device)
+    inside = torch.isin(rows, support)
+    n, c = part.gradients.shape[:2]
+    block = part.gradients.new_zeros(
+        (n, c, len(rows), part.width), dtype=accumulator(part.gradients.dtype)
+    )
+    block[:, :, inside] = part.row_block(rows[inside])
+    return block
+
+
 def examples(part: Part, index: slice) -> Part:
     """The part of a contiguous range of its examples."""
     if isinstance(part, Product):
         return replace(part, inputs=part.inputs[index], gradients=part.gradients[index])
     if isinstance(part, Lookup):
         return replace(part, ids=part.ids[index], gradients=part.gradients[index])
-    return replace(part, gradients=part.gradients[index])
+    return replace(
+        part,
+        gradients=part.gradients[index],
+        scale=None if part.scale is None else part.scale[index],
+    )
 
 
 def compress(part: Part) -> tuple[Part, bool]:
@@ -237,8 +305,19 @@ def join_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
         ids = torch.cat([p.ids for p in lookups], dim=1)
         joined.append(Lookup(ids, torch.cat([p.gradients for p in lookups], dim=2)))
     if rows:
-        joined.append(replace(rows[0], gradients=torch.stack([p.gradients for p in rows]).sum(0)))
+        joined.append(_add_rows(rows))
     return tuple(joined)
+
+
+def _add_rows(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.scale for part in parts if part.scale is not None]
+    return replace(
+        parts[0],
+        gradients=torch.stack([part.gradients for part in parts]).sum(0),
+        scale=torch.stack(scales).sum(0) if len(scales) == len(parts) else None,
+    )
 
 
 def join_examples(found: Sequence[tuple[Part, ...]], counts: Sequence[int]) -> tuple[Part, ...]:
@@ -271,7 +350,8 @@ def _kind(part: Part) -> tuple[type, bool]:
 def _zeros(part: Part, n: int) -> Part:
     gradients = part.gradients
     if isinstance(part, Rows):
-        return replace(part, gradients=gradients.new_zeros((n, *gradients.shape[1:])))
+        scale = None if part.scale is None else part.scale.new_zeros((n, part.scale.shape[1]))
+        return replace(part, gradients=gradients.new_zeros((n, *gradients.shape[1:])), scale=scale)
     gradients = gradients.new_zeros((n, gradients.shape[1], 0, gradients.shape[3]))
     if isinstance(part, Lookup):
         return replace(part, ids=part.ids.new_zeros((n, 0)), gradients=gradients)
@@ -285,7 +365,13 @@ def _cat_examples(parts: Sequence[Part]) -> Part:
         return _cat_products(products, along_tokens=False)
     lookups = [p for p in parts if isinstance(p, Lookup)]
     if not lookups:
-        return replace(parts[0], gradients=torch.cat([part.gradients for part in parts]))
+        rows = [part for part in parts if isinstance(part, Rows)]
+        scales = [part.scale for part in rows if part.scale is not None]
+        return replace(
+            rows[0],
+            gradients=torch.cat([part.gradients for part in rows]),
+            scale=torch.cat(scales) if len(scales) == len(rows) else None,
+        )
     t = max(part.ids.shape[1] for part in lookups)
     return Lookup(
         torch.cat([_pad(part.ids, t, dim=1) for part in lookups]),

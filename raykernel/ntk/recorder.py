@@ -74,6 +74,8 @@ class Watched:
     """Module by layer group."""
     local: Mapping[str, nn.Module]
     """Parameters whose module as a whole is differentiated, with that module."""
+    scaled: bool = False
+    """Whether parts say what rounding is relative to (`Source.scaled`)."""
 
 
 class Recorder(TorchFunctionMode):
@@ -134,7 +136,7 @@ class Recorder(TorchFunctionMode):
             return None
         name = self._watched.names.get(id(value))
         if name is not None:
-            return Source(name, value.shape)
+            return Source(name, value.shape, scaled=self._watched.scaled)
         known = self._sources.get(id(value))
         return known[0] if known else None
 

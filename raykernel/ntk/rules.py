@@ -35,6 +35,8 @@ class Source:
     rows: Tensor | None = None
     """Rows of the parameter that the tensor holds; None: all."""
     transposed: bool = False
+    scaled: bool = False
+    """Whether parts say what rounding is relative to, for the dead zone of signs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +125,7 @@ def _broadcast(source: Source, factor: Tensor | None, out: Tensor) -> Use | None
         gradients = gradients.to(accumulator(gradients.dtype))
         if saved:
             gradients = gradients * saved[0].unsqueeze(1)
-        return _vector(source, _sum_to(gradients.sum(2), shape))
+        return _vector(source, gradients, shape)
 
     return Use(source, lead, saved, build)
 
@@ -137,10 +139,15 @@ def _sum_to(gradients: Tensor, shape: torch.Size) -> Float[Tensor, "n c p"]:
     return gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(2)
 
 
-def _vector(source: Source, gradients: Float[Tensor, "n c p"]) -> Part:
-    """Gradient of a parameter, or of some entries of a vector, as a part."""
+def _vector(source: Source, by_token: Float[Tensor, "n c t ..."], shape: torch.Size) -> Part:
+    """Gradient of a parameter, or of some entries of a vector, as a part: a sum over tokens."""
+    gradients = _sum_to(by_token.sum(2), shape)
     if source.rows is None:
-        return Rows(gradients, max(source.shape[0], 1) if source.shape else 1)
+        scale = None
+        if source.scaled:
+            lengths = by_token.flatten(3).norm(dim=3) if by_token.dim() > 3 else by_token.abs()
+            scale = lengths.sum(2) / max(shape.numel(), 1) ** 0.5
+        return Rows(gradients, max(source.shape[0], 1) if source.shape else 1, scale)
     rows, gradients = _distinct(source.rows, gradients)
     ones = gradients.new_ones((len(gradients), 1, 1))
     return Product(ones, gradients.unsqueeze(2), rows, transposed=False)
@@ -232,7 +239,7 @@ def _normalised(
         # x̂ comes from the input: (output - bias) / weight would divide by zero weights.
         x = normalise(saved[0].to(accumulator(saved[0].dtype)))
         assert scale is not None
-        return _vector(scale, (gradients * x.unsqueeze(1)).sum(2).flatten(2))
+        return _vector(scale, gradients * x.unsqueeze(1), scale.shape)
 
     return _both(
         Use(scale, lead, (input,), build) if scale else None,

@@ -33,6 +33,7 @@ from raykernel.store.grid import Cell, Grid
 from raykernel.store.groups import select_groups
 from raykernel.store.manifest import Manifest
 from raykernel.store.pieces import Place, entries, place
+from raykernel.terms import Kind
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,9 @@ class KernelHandle:
                 raise BlockCorruptError(
                     arrowfile.damage(path, "other layer groups than the other blocks")
                 )
-            yield place(piece, rows, cols), entries(piece, block.of_kind(kind))
+            # K[i, j] of an asymmetric kind is not K[j, i]: a mirrored block is the other side's.
+            stored = Kind(kind).flipped.value if piece.mirrored else kind
+            yield place(piece, rows, cols), entries(piece, block.of_kind(stored))
 
     def _read(self, name: str) -> ArrowFile:
         path = self.path / name

@@ -18,7 +18,7 @@ from raykernel.ntk.empirical import empirical_kernel
 from raykernel.problem.models import load_problem
 from raykernel.problem.prompts import collate
 from raykernel.store.grid import Cell
-from raykernel.terms import Architecture, Precision
+from raykernel.terms import Architecture, Kind, Precision
 from tests.compute.tiny_problem import handle_of, make_spec, save_model, texts
 
 
@@ -59,6 +59,31 @@ def test_blocks_hold_the_empirical_kernel(tmp_path: Path, model: ModelConfig) ->
         np.testing.assert_allclose(found, block.numpy(), rtol=1e-9, atol=1e-9 * block.abs().max())
     logits = problem.readout(problem.module, rows).detach().numpy()
     np.testing.assert_allclose(handle.logits(), logits, rtol=1e-9, atol=1e-12)
+
+
+def test_kernels_of_signs_come_back_from_mirrored_blocks(
+    tmp_path: Path, model: ModelConfig
+) -> None:
+    """Only one of K[i, j] and K[j, i] is stored: for asigngd, with the other side's kernel."""
+    spec = make_spec(tmp_path, model, precision=Precision.float64, batch_size=3)
+    kinds = [Kind.sgd, Kind.signgd, Kind.asigngd]
+    kernel = dataclasses.replace(spec.kernel, kinds=kinds, dead_zone=1e-9)
+    spec = dataclasses.replace(spec, kernel=kernel)
+    complete(spec)
+    handle = handle_of(spec)
+    assert handle.kinds() == ["sgd", "signgd", "asigngd", "asigngd_flipped"]
+    assert len(handle.grid.cells()) < len(handle.grid.row_blocks()) * 2, "some block is mirrored"
+    problem = load_problem(
+        model, spec.parameters, label_ids=(7, 9), num_labels=2, precision=Precision.float64
+    )
+    rows, cols = collate(spec.encoded, range(11)), collate(spec.encoded, range(6))
+    expected = empirical_kernel(
+        problem.module, problem.readout, rows, cols, kinds=kinds, dead_zone=1e-9
+    )
+    for kind in kinds:
+        whole = sum(block.numpy() for block in expected[kind.value].values())
+        found = handle.kernel(kind=kind.value)
+        np.testing.assert_allclose(found, whole, rtol=1e-9, atol=1e-9 * np.abs(whole).max())
 
 
 def test_a_second_run_computes_nothing(tmp_path: Path, model: ModelConfig) -> None:

@@ -1,0 +1,166 @@
+"""Kernels of signs equal their definition: the gradient of one example and output, its signs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raykernel.errors import InputError
+from raykernel.ntk.capture import Tracer
+from raykernel.ntk.contract import grams, signed
+from raykernel.ntk.empirical import empirical_kernel
+from raykernel.ntk.factors import Rows, magnitude
+from raykernel.ntk.signs import pack, signs, unpack
+from raykernel.terms import Kind
+from tests import cases, oracles
+from tests.ntk.test_contract import gradient, make_part
+
+KINDS = ["sgd", "signgd", "asigngd", "asigngd_flipped"]
+ZERO = 1e-10  # against the largest gradient: rounding of float64, which is no sign
+
+
+def definition(model, readout, rows, cols=None):
+    """Whole kernel of every kind, in float64."""
+    left = _flat(oracles.jacobian(model, readout, rows))
+    right = left if cols is None else _flat(oracles.jacobian(model, readout, cols))
+    sides = {"gradient": (left, right), "sign": (_sign(left), _sign(right))}
+    pairs = {
+        "sgd": ("gradient", "gradient"),
+        "signgd": ("sign", "sign"),
+        "asigngd": ("gradient", "sign"),
+        "asigngd_flipped": ("sign", "gradient"),
+    }
+    return {kind: oracles.inner(sides[a][0], sides[b][1]) for kind, (a, b) in pairs.items()}
+
+
+def _flat(jacobian):
+    return torch.cat(list(jacobian.values()), dim=2)
+
+
+def _sign(g):
+    return torch.where(g.abs() <= ZERO * g.abs().amax(), 0.0, g.sign())
+
+
+@pytest.mark.parametrize("name", ["roberta", "albert", "gpt2", "llama", "qwen2", "electra"])
+def test_float64_equals_the_definition(name):
+    case = cases.transformer_case(name)
+    case.model.double()
+    cols = cases.token_batch(n=3, lengths=(5, 8, 11), seed=8)
+    for other in (None, cols):
+        expected = definition(case.model, case.readout, case.batch, other)
+        blocks = empirical_kernel(
+            case.model, case.readout, case.batch, other, kinds=KINDS, dead_zone=1e-9
+        )
+        for kind in KINDS:
+            actual = sum(blocks[kind].values())
+            assert oracles.relative_error(actual, expected[kind]) < 1e-10, kind
+        assert torch.equal(sum(blocks["signgd"].values()), expected["signgd"])
+
+
+@pytest.mark.parametrize("name", ["roberta", "bert", "gpt2", "llama"])
+def test_float32_differs_only_where_a_gradient_is_nearly_zero(name):
+    case = cases.transformer_case(name)
+    g = _flat(oracles.jacobian(case.model, case.readout, case.batch))
+    expected = oracles.inner(_sign(g), _sign(g))
+    doubtful = (g.abs() < 1e-4 * g.norm(dim=2, keepdim=True) / g.shape[2] ** 0.5).double().sum(2)
+    blocks = empirical_kernel(case.model, case.readout, case.batch, kinds=["signgd"])["signgd"]
+    bound = doubtful[:, :, None, None] + doubtful[None, None]
+    assert ((sum(blocks.values()) - expected).abs() <= bound).all()
+
+
+def test_attention_key_bias_has_no_sign():
+    """Its gradient is zero (softmax is shift invariant); without a dead zone it is noise."""
+    case = cases.transformer_case("bert")
+    for name, parameter in case.model.named_parameters():
+        parameter.requires_grad_(name.endswith("key.bias"))
+    options = {"kinds": ["sgd", "signgd"]}
+    blocks = empirical_kernel(case.model, case.readout, case.batch, **options)
+    assert not any(block.any() for block in blocks["signgd"].values())
+    noise = empirical_kernel(case.model, case.readout, case.batch, dead_zone=0.0, **options)
+    assert any(block.any() for block in noise["signgd"].values())
+
+
+def test_bias_only_kernels_have_signs():
+    case = cases.transformer_case("bert")
+    for name, parameter in case.model.named_parameters():
+        parameter.requires_grad_(name.endswith("value.bias"))
+    expected = definition(case.model, case.readout, case.batch)["signgd"]
+    blocks = empirical_kernel(case.model, case.readout, case.batch, kinds=["signgd"])["signgd"]
+    assert torch.equal(sum(blocks.values()).double(), expected)
+
+
+def test_sgd_beside_signs_is_sgd_alone():
+    case = cases.transformer_case("roberta")
+    alone = empirical_kernel(case.model, case.readout, case.batch)["sgd"]
+    beside = empirical_kernel(case.model, case.readout, case.batch, kinds=KINDS)["sgd"]
+    assert alone.keys() == beside.keys()
+    scale = sum(alone.values()).norm()
+    for group, block in alone.items():
+        assert (block - beside[group]).norm() < 1e-6 * scale, group
+
+
+def test_flipped_is_the_transpose_from_the_other_side():
+    case = cases.transformer_case("roberta")
+    tracer = Tracer(case.model, case.readout, signs=True)
+    rows, cols = tracer.capture(case.batch), tracer.capture(cases.token_batch(n=3, seed=8))
+    kinds = (Kind.asigngd, Kind.asigngd_flipped)
+    here, there = grams(rows, cols, kinds=kinds), grams(cols, rows, kinds=kinds)
+    for group, block in here[Kind.asigngd].items():
+        other = there[Kind.asigngd_flipped][group].permute(2, 3, 0, 1)
+        assert oracles.relative_error(block, other) < 1e-5
+
+
+PARTS = st.lists(
+    st.sampled_from(["lookup", "rows", "product", "turned", "some_rows"]), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARTS, PARTS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
+def test_signs_are_of_the_sum_over_all_uses(left, right, n, t, m, seed):
+    own = [make_part(kind, n, t, seed + i) for i, kind in enumerate(left)]
+    other = [make_part(kind, m, t, seed + 50 + i) for i, kind in enumerate(right)]
+    g, h = sum(map(gradient, own)), sum(map(gradient, other))
+    kinds = [Kind(kind) for kind in KINDS]
+    for parts, q in ((other, h), (own, g)):
+        found = signed(own, parts, kinds, dead_zone=1e-12, max_bytes=600)
+        for kind, (a, b) in {
+            Kind.sgd: (g, q),
+            Kind.signgd: (g.sign(), q.sign()),
+            Kind.asigngd: (g, q.sign()),
+            Kind.asigngd_flipped: (g.sign(), q),
+        }.items():
+            expected = oracles.inner(a, b).flatten(2).flatten(0, 1)
+            torch.testing.assert_close(found[kind], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_magnitude_is_the_root_mean_square_of_one_token():
+    for kind in ("product", "turned"):
+        part = make_part(kind, 2, 1, 5)
+        expected = gradient(part).square().mean(2).sqrt()
+        torch.testing.assert_close(magnitude(part), expected)
+    rows = make_part("rows", 2, 1, 5)
+    torch.testing.assert_close(magnitude(rows), gradient(rows).square().mean(2).sqrt())
+    assert torch.equal(magnitude(Rows(rows.gradients, 1, torch.ones(2, 2))), torch.ones(2, 2))
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=40))
+def test_packed_signs_come_back(values):
+    ternary = torch.tensor([values, values[::-1]])
+    packed = pack(ternary)
+    assert packed.dtype == torch.uint8
+    assert packed.shape[1] == -(-len(values) // 4)
+    assert torch.equal(unpack(packed, len(values)), ternary)
+
+
+def test_signs_are_zero_up_to_the_limit():
+    found = signs(torch.tensor([[-2.0, -1.0, 0.0, 0.5, 1.5]]), torch.tensor([[1.0]]))
+    assert found.tolist() == [[-1.0, 0.0, 0.0, 0.0, 1.0]]
+
+
+def test_unknown_kind_is_an_error():
+    case = cases.transformer_case("bert")
+    with pytest.raises(InputError, match="did you mean 'signgd'"):
+        empirical_kernel(case.model, case.readout, case.batch, kinds=["signsgd"])
