@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -176,7 +176,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 def raise_non_finite(
     model: nn.Module, readout: Readout, batch: Batch, *, gradient_of: str | None
-) -> None:
+) -> NoReturn:
     """Name the layer at which NaN or infinity comes in.
 
     Args:

@@ -9,10 +9,10 @@ example, which is theirs. Either way the result is exact; only the cost differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -121,8 +121,8 @@ class Tracer:
 
     def __init__(self, model: nn.Module, readout: Readout, *, signs: bool = False) -> None:
         self._signs = signs
-        self._model = model
-        self._readout = readout
+        self.model = model
+        self.readout = readout
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise InputError(
@@ -132,7 +132,8 @@ class Tracer:
         self._groups = find_groups(model)
         paths = [path or ROOT for path, _ in model.named_modules()]
         modules = dict(zip(paths, model.modules(), strict=True))
-        self._modules = {group: modules[group] for group in self._groups.members}
+        self.modules = {group: modules[group] for group in self._groups.members}
+        self.crosses = self._groups.crosses
         # What the first passes teach about the model.
         self._local: dict[str, nn.Module] = {}
         self._through_model: set[str] = set()
@@ -145,6 +146,11 @@ class Tracer:
     def groups(self) -> tuple[str, ...]:
         """Every layer group in registration order, cross groups of tied parameters last."""
         return self._groups.names
+
+    @property
+    def through_model(self) -> bool:
+        """Whether some parameter takes a gradient of the whole model."""
+        return bool(self._through_model)
 
     @property
     def batched(self) -> bool:
@@ -177,7 +183,7 @@ class Tracer:
             NonFiniteError: if logits or gradients are NaN or infinite.
         """
         n = check_batch(batch)
-        with self._prepared():
+        with self.prepared():
             if n > 1 and not self._audited:
                 self._trace_one(batch, 0)
             shapes = tuple(value.shape for value in batch.values())
@@ -203,7 +209,7 @@ class Tracer:
             Saved activations, watched outputs with their gradients, and the factors.
         """
         check_batch(batch)
-        with self._prepared():
+        with self.prepared():
             self._trace_one(batch, 0)
             storages: dict[int, int] = {}
 
@@ -215,7 +221,7 @@ class Tracer:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 recording = self._watch(example(batch, 0))
         assert isinstance(recording, Recording)
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
             storages.pop(tensor.untyped_storage().data_ptr(), None)
         num_outputs = recording.logits.shape[1]
         calls = sum(call.num_bytes for call in recording.calls)
@@ -257,18 +263,12 @@ class Tracer:
     def _watch(self, batch: Batch) -> Recording | None:
         n = num_examples(batch)
         lengths = frozenset(value.shape[1] for value in batch.values() if value.dim() > 1)
-        watched = Watched(
-            names={id(p): k for k, p in self._parameters.items() if k not in self._through_model},
-            owners=self._groups.owners,
-            modules=self._modules,
-            local=self._local,
-            scaled=self._signs,
-        )
+        watched = self.watched(self.modules)
         for clone in (False, True) if not self._clone else (True,):
             recorder = Recorder(watched, n, lengths=lengths, clone=clone)
             try:
                 with recorder.watching():
-                    logits = self._readout(self._model, batch)
+                    logits = self.readout(self.model, batch)
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception:
@@ -280,11 +280,21 @@ class Tracer:
             if recorder.modified():
                 continue
             self._clone = clone
-            self._check_logits(logits, batch)
+            self.check_logits(logits, batch)
             return Recording(logits, tuple(recorder.calls), recorder.uncovered)
         return None
 
-    def _check_logits(self, logits: Any, batch: Batch) -> None:
+    def watched(self, modules: Mapping[str, nn.Module]) -> Watched:
+        """The selected parameters, inside some modules (by layer group), as a recorder reads them."""
+        return Watched(
+            names={id(p): k for k, p in self._parameters.items() if k not in self._through_model},
+            owners=self._groups.owners,
+            modules=dict(modules),
+            local=self._local,
+            scaled=self._signs,
+        )
+
+    def check_logits(self, logits: Any, batch: Batch) -> None:
         n = num_examples(batch)
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != n:
@@ -293,7 +303,7 @@ class Tracer:
                 "Return one row of logits per example, such as logits[:, label_ids]."
             )
         if not bool(logits.isfinite().all()):
-            audit.raise_non_finite(self._model, self._readout, batch, gradient_of=None)
+            self.raise_non_finite(batch, None)
 
     def _demote(self, name: str, module: nn.Module | None) -> None:
         """Take a parameter from the rules to its module's gradient, or to the whole model's."""
@@ -311,25 +321,56 @@ class Tracer:
         if not self._is_separated(recording):
             return None
         unruled = self._unruled()
-        gradients = _gradients(logits, [*(call.output for call in calls), *unruled.values()])
+        tensors = [*(call.output for call in calls), *unruled.values()]
+        gradients = output_gradients(logits, tensors)
+        parts = self.parts_of(calls, gradients[: len(calls)], self._groups.members, batch)
+        for name, of_parameter in zip(unruled, gradients[len(calls) :], strict=True):
+            if of_parameter:
+                part, finite = compress(one_example(of_parameter))
+                group = self._groups.owners[name][0]
+                parts[group][name] = (part,)
+                if not finite:
+                    self.raise_non_finite(batch, group)
+        return Capture(logits.detach(), parts, self.crosses)
+
+    def parts_of(
+        self,
+        calls: Sequence[Call],
+        gradients: Sequence[Gradients],
+        groups: Iterable[str],
+        batch: Batch,
+    ) -> Parts:
+        """Factors of some layer groups, from the gradients of their calls' outputs.
+
+        Args:
+            calls: every call of these groups' parameters.
+            gradients: of every model output, by call.
+            groups: the groups; those without a call have no part.
+            batch: the examples, for an error message.
+
+        Returns:
+            Parts by group and parameter.
+
+        Raises:
+            NonFiniteError: if a gradient is NaN or infinite.
+        """
         found: dict[tuple[str, str], list[Part]] = {}
-        for call in calls:
-            of_call = gradients.pop(0)
+        for call, of_call in zip(calls, gradients, strict=True):
             for name, part in (call.build(of_call) if of_call else {}).items():
                 found.setdefault((dict(call.groups)[name], name), []).append(part)
-        for name, of_parameter in zip(unruled, gradients, strict=True):
-            if of_parameter:
-                group = self._groups.owners[name][0]
-                found[group, name] = [one_example(of_parameter)]
-        parts: Parts = {group: {} for group in self._groups.members}
+        parts: Parts = {group: {} for group in groups}
         broken = None
         for (group, name), uses in found.items():
             compressed = [compress(part) for part in join_calls(uses)]
-            parts[group][name] = tuple(part for part, _ in compressed)
+            parts.setdefault(group, {})[name] = tuple(part for part, _ in compressed)
             broken = broken if all(finite for _, finite in compressed) else group
         if broken is not None:
-            audit.raise_non_finite(self._model, self._readout, batch, gradient_of=broken)
-        return Capture(logits.detach(), parts, self._groups.crosses)
+            self.raise_non_finite(batch, broken)
+        return parts
+
+    def raise_non_finite(self, batch: Batch, group: str | None) -> NoReturn:
+        """Name the layer at which NaN or infinity comes in (NonFiniteError)."""
+        audit.raise_non_finite(self.model, self.readout, batch, gradient_of=group)
 
     def _unruled(self) -> dict[str, nn.Parameter]:
         return {name: self._parameters[name] for name in sorted(self._through_model)}
@@ -356,7 +397,7 @@ class Tracer:
                 parts.setdefault(name, []).extend(examples(part, last) for part in own)
         ruled = {k: p for k, p in self._parameters.items() if k not in self._through_model}
         wrong = audit.wrong_parameters(
-            self._model, self._readout, example(batch, n - 1), ruled, parts, capture.logits[last]
+            self.model, self.readout, example(batch, n - 1), ruled, parts, capture.logits[last]
         )
         if wrong is None and n == 1:
             raise InputError(
@@ -366,9 +407,9 @@ class Tracer:
         return wrong
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
-        """Only parameters without a rule need a gradient, every module is in eval mode."""
-        training = {module: module.training for module in self._model.modules()}
+    def prepared(self) -> Iterator[None]:
+        """Context of a pass: only parameters without a rule need a gradient, every module is in eval mode."""
+        training = {module: module.training for module in self.model.modules()}
         wanted = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
         try:
             for module in training:
@@ -385,9 +426,12 @@ class Tracer:
 
 
 def _pattern(recording: Recording) -> object:
+    return pattern_of(recording.calls, len(recording.logits))
+
+
+def pattern_of(calls: Sequence[Call], n: int) -> object:
     """What has to be the same for an audit to hold: which calls, and where their examples are."""
-    calls = tuple((c.groups, c.layout, len(c.shape)) for c in recording.calls)
-    return len(recording.logits) > 1, calls
+    return n > 1, tuple((call.groups, call.layout, len(call.shape)) for call in calls)
 
 
 def _backward(scalar: Tensor, calls: Sequence[Call], *, keep: bool = True) -> list[Tensor]:
@@ -395,16 +439,48 @@ def _backward(scalar: Tensor, calls: Sequence[Call], *, keep: bool = True) -> li
     return list(torch.autograd.grad(scalar, outputs, retain_graph=keep, materialize_grads=True))
 
 
-def _gradients(logits: Tensor, tensors: Sequence[Tensor]) -> list[list[Tensor] | None]:
-    """Gradient of every output by tensor; None where no output depends on it."""
-    if not logits.requires_grad or not tensors:
+Gradients = list[Tensor] | None
+"""Gradient of every model output with respect to one tensor; None where none depends on it."""
+
+
+def output_gradients(logits: Float[Tensor, "n c"], tensors: Sequence[Tensor]) -> list[Gradients]:
+    """Gradient of every output, summed over the examples, by tensor."""
+    if not logits.requires_grad:
         return [None] * len(tensors)
-    c = logits.shape[1]
+    return gradients_of([logits[:, a].sum() for a in range(logits.shape[1])], tensors)
+
+
+def gradients_of(
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    upstream: Gradients = None,
+    *,
+    keep: bool = False,
+) -> list[Gradients]:
+    """Gradients of several outputs of one graph.
+
+    Args:
+        outputs: scalars, or tensors of the shapes of `upstream`.
+        tensors: with respect to which.
+        upstream: gradients with respect to the outputs; None: 1.
+        keep: whether the graph is needed again.
+
+    Returns:
+        One gradient per output, by tensor.
+    """
+    if not tensors:
+        return []
     by_output = [
-        torch.autograd.grad(logits[:, a].sum(), tensors, retain_graph=a < c - 1, allow_unused=True)
-        for a in range(c)
+        torch.autograd.grad(
+            output,
+            tensors,
+            None if upstream is None else upstream[a],
+            retain_graph=keep or a < len(outputs) - 1,
+            allow_unused=True,
+        )
+        for a, output in enumerate(outputs)
     ]
-    found: list[list[Tensor] | None] = []
+    found: list[Gradients] = []
     for tensor, *gradients in zip(tensors, *by_output, strict=True):
         if all(gradient is None for gradient in gradients):
             found.append(None)
