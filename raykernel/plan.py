@@ -127,7 +127,8 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         [
             "chunks",
             f"{sizes.batch} examples a pass, {sizes.rows} rows x {sizes.cols} columns, "
-            f"{sizes.resident} column chunks kept",
+            f"{sizes.resident} column chunks kept"
+            + (", one transformer block at a time" if sizes.stream else ""),
         ],
     ]
     screen.facts(rows, title=f"{config.task.name}, {config.model.name}")

@@ -4,15 +4,22 @@ Sizes follow from configuration, model and token counts alone, never from what i
 moment: another size is another order of summation, and a resumed run must give the same bits.
 
     peak ≈ process + weights + 3 · output block
-                    + 1.1 · (resident · q · f + r · f + b · p + max(r, q) · g)
+                    + 1.1 · (columns + rows + b · pass + max(r, q) · g)
 
-f bytes of factors and p bytes of a pass per example (of the longest one), g bytes of its largest
-layer's factors, b examples of a pass, r and q examples of a row and a column chunk. A chunk of
-several passes is joined layer by layer, so one layer exists twice for a moment.
+    columns    resident · q · f     kept whole for the next cells, or
+               q · (s + f_1)        streamed beside the rows
+    rows       r · f                captured whole, or
+               r · (s + f_1)        streamed, one transformer block's factors at a time
 
-Which chunks fit best is a question of time. Forming the gradients of both sides costs each pair
-of examples c t (1/r + 1/q) products with the weights, and rows are captured anew for every column
-chunk, (1 + c) t / q, a quarter slower where a pass holds one example alone.
+f bytes of factors per example (of the longest one), f_1 those of its largest transformer block, s
+what is kept of it between two blocks, g those of its largest layer, b examples of a pass, r and q
+examples of a row and a column chunk. A chunk of several passes is joined layer by layer, so one
+layer exists twice for a moment.
+
+Which of these fits best is a question of time. Forming the gradients of both sides costs each pair
+of examples c t (1/r + 1/q) products with the weights. Rows are captured anew for every column
+chunk, (1 + c) t / q, or (2 + c) t / q if streamed, and so are columns that are not kept; a quarter
+slower where a pass holds one example alone.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ import psutil
 
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
+from raykernel.ntk.stream import StreamBytes
 
 GIB = 1 << 30
 
@@ -64,6 +72,8 @@ class Footprint:
     """Those of the layer that has most."""
     forward: int
     """Peak of a pass per example, factors included."""
+    stream: StreamBytes | None
+    """The same block by block; None if the model cannot be streamed."""
     output: int
     """All layer groups' values of one full cell."""
 
@@ -79,7 +89,9 @@ class Sizes:
     cols: int
     """Examples of a column chunk."""
     resident: int
-    """Column chunks kept between cells."""
+    """Column chunks kept between cells; 0: columns are captured for every row chunk."""
+    stream: bool
+    """Whether examples are captured block by block."""
     peak_bytes: int
     """Estimate of the worker's peak."""
 
@@ -106,14 +118,18 @@ def chunk_sizes(
     fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES
     fixed += CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
-    def sized(batch: int, rows: int, cols: int, resident: int) -> Sizes:
-        f, p = footprint.factors, footprint.forward
+    def sized(batch: int, rows: int, cols: int, resident: int, stream: bool) -> Sizes:
+        whole, streamed = footprint.factors, footprint.stream
         joining = footprint.largest * max(rows if rows > batch else 0, cols if cols > batch else 0)
-        work = int(HEAP_SLACK * (resident * cols * f + rows * f + batch * p + joining))
-        start = footprint.audit + 2 * p
-        return Sizes(batch, rows, cols, resident, fixed + max(start, work))
+        alive = streamed.kept + streamed.factors if stream and streamed else whole
+        step = streamed.step if stream and streamed else footprint.forward
+        columns = resident * cols * whole if resident else cols * alive
+        work = int(HEAP_SLACK * (columns + rows * alive + batch * step + joining))
+        start = footprint.audit + 2 * footprint.forward
+        return Sizes(batch, rows, cols, resident, stream, fixed + max(start, work))
 
-    smallest = sized(1, 1, 1, 1)
+    ways = [(1, False)] if footprint.stream is None else [(1, False), (1, True), (0, True)]
+    smallest = min((sized(1, 1, 1, *way) for way in ways), key=lambda sizes: sizes.peak_bytes)
     if smallest.peak_bytes > limit:
         raise InputError(
             f"compute.memory_gb: found {compute.memory_gb:g}, expected at least "
@@ -127,11 +143,13 @@ def chunk_sizes(
         for batch in range(1, min(compute.batch_size, block_size) + 1)
         for rows in chunks(batch, block_size)
         for cols in chunks(batch, block_size)
-        if (sizes := sized(batch, rows, cols, 1)).peak_bytes <= limit
+        for way in ways
+        if (sizes := sized(batch, rows, cols, *way)).peak_bytes <= limit
     ]
     best = min(fitting, key=lambda sizes: (slowness(sizes, num_outputs), sizes.peak_bytes))
-    kept = [sized(best.batch, best.rows, best.cols, count) for count in range(1, MAX_RESIDENT + 1)]
-    return max((s for s in kept if s.peak_bytes <= limit), key=lambda s: s.resident)
+    more = range(1, MAX_RESIDENT + 1) if best.resident else ()
+    kept = [sized(best.batch, best.rows, best.cols, count, best.stream) for count in more]
+    return max((s for s in (best, *kept) if s.peak_bytes <= limit), key=lambda s: s.resident)
 
 
 def chunks(batch: int, block_size: int) -> list[int]:
@@ -147,10 +165,12 @@ def slowness(sizes: Sizes, num_outputs: int) -> float:
         num_outputs: c.
 
     Returns:
-        c (1/r + 1/q) + (1 + c)(1 + 1/(4b)) / q, per token.
+        c (1/r + 1/q) + (1 + c)(1 + 1/(4b)) / q, per token; where examples are streamed with one
+        pass more, and where columns are not kept with their passes, too.
     """
-    capture = (1 + num_outputs) * (1 + 0.25 / sizes.batch) / sizes.cols
-    return num_outputs * (1 / sizes.rows + 1 / sizes.cols) + capture
+    capture = (1 + num_outputs + sizes.stream) * (1 + 0.25 / sizes.batch)
+    captures = 1 / sizes.cols + (0 if sizes.resident else 1 / sizes.rows)
+    return num_outputs * (1 / sizes.rows + 1 / sizes.cols) + capture * captures
 
 
 # ------------------------------------------------------------------ the process

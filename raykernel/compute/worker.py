@@ -29,6 +29,7 @@ from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, Par
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
+from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
@@ -90,7 +91,7 @@ class Worker:
         stored = None if spec.encoded.label_ids else self._handle.read_head()
         self._problem = _load(spec, None if stored is None else Head(*stored))
         self._may_compute = bool(spec.encoded.label_ids) or stored is not None
-        self._columns: OrderedDict[range, Capture] = OrderedDict()
+        self._columns: OrderedDict[range, list[Capture]] = OrderedDict()
         self._turn = 0
 
     # ------------------------------------------------------------ jobs
@@ -154,9 +155,9 @@ class Worker:
                 "kernel of prompt=none starts from a linear probe. Fit and store it first."
             )
         longest = self._longest
-        self._tracer.capture(self._batch(longest[:1]))
-        if len(longest) > 1:
-            self._tracer.capture(self._batch(longest))
+        for examples in (longest[:1], longest):
+            for capture in self._streamer.stream(self._batch(examples)):
+                del capture
         memory.trim_heap()
 
     def plan(self) -> WorkerPlan:
@@ -193,17 +194,22 @@ class Worker:
         chunks = list(_split(cell.cols, self._sizes.cols))
         self._turn += 1
         for cols in reversed(chunks) if self._turn % 2 else chunks:
-            right = self._column(cols)
+            to = slice(cols.start - cell.cols.start, cols.stop - cell.cols.start)
             for rows in _split(cell.rows, self._sizes.rows):
-                left = self._columns.get(rows) or self._capture(rows)
                 at = slice(rows.start - cell.rows.start, rows.stop - cell.rows.start)
-                to = slice(cols.start - cell.cols.start, cols.stop - cell.cols.start)
-                logits[at] = left.logits.double().cpu().numpy()
-                for kind, group, block in self._contract(left, right):
-                    values[kind][group][at, :, to] = block
-                del left
-            del right  # else it would live on while the next column chunk is captured
+                for left, right in self._sides(rows, cols):
+                    logits[at] = left.logits.double().cpu().numpy()
+                    for kind, group, block in self._contract(left, right):
+                        values[kind][group][at, :, to] = block
+                    del left, right  # else they would live on while the next ones are captured
         return values, logits
+
+    def _sides(self, rows: range, cols: range) -> Iterator[tuple[Capture, Capture]]:
+        """Captures of both sides, segment by segment."""
+        if rows == cols:
+            yield from ((capture, capture) for capture in self._column(cols))
+        else:
+            yield from zip(self._column(rows, keep=False), self._column(cols), strict=True)
 
     def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, str, np.ndarray]]:
         kernel = self._spec.kernel
@@ -218,20 +224,28 @@ class Worker:
             for group, block in blocks.items():
                 yield kind.value, group, block.cpu().numpy()
 
-    def _column(self, examples: range) -> Capture:
-        """A column chunk, kept for the next cells as long as memory allows."""
-        if examples not in self._columns:
-            while len(self._columns) >= self._sizes.resident:
-                self._columns.popitem(last=False)
-            self._columns[examples] = self._capture(examples)
-        self._columns.move_to_end(examples)
+    def _column(self, examples: range, *, keep: bool = True) -> Iterable[Capture]:
+        """Segments of a chunk; of a column chunk kept for the next cells if memory allows."""
+        if examples in self._columns:
+            self._columns.move_to_end(examples)
+            return self._columns[examples]
+        if not keep or not self._sizes.resident:
+            return self._segments(examples)
+        while len(self._columns) >= self._sizes.resident:
+            self._columns.popitem(last=False)
+        self._columns[examples] = list(self._segments(examples))
         return self._columns[examples]
 
-    def _capture(self, examples: range) -> Capture:
-        passes = _split(examples, self._sizes.batch)
-        captures = [self._tracer.capture(self._batch(b)) for b in passes]
-        memory.trim_heap()
-        return Capture.concatenate(captures, after_group=memory.trim_heap)
+    def _segments(self, examples: range) -> Iterator[Capture]:
+        """Captures of a chunk: one transformer block's factors at a time, or all at once."""
+        batches = [self._batch(b) for b in _split(examples, self._sizes.batch)]
+        if self._sizes.stream:
+            found = zip(*(self._streamer.stream(batch) for batch in batches), strict=True)
+        else:
+            found = zip(*([self._tracer.capture(batch)] for batch in batches), strict=True)
+        for pieces in found:
+            memory.trim_heap()
+            yield Capture.concatenate(pieces, after_group=memory.trim_heap)
 
     def _batch(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
         return collate(self._spec.encoded, examples, self._spec.compute.device)
@@ -242,6 +256,10 @@ class Worker:
     def _tracer(self) -> Tracer:
         signs = any(kind.has_signs for kind in self._spec.kernel.kinds)
         return Tracer(self._problem.module, self._problem.readout, signs=signs)
+
+    @cached_property
+    def _streamer(self) -> Streamer:
+        return Streamer(self._tracer)
 
     @cached_property
     def _longest(self) -> list[int]:
@@ -263,6 +281,7 @@ class Worker:
             factors=sum(by_group.values()),
             largest=max(by_group.values()),
             forward=self._tracer.bytes_per_example(batch),
+            stream=self._streamer.num_bytes(batch),
             output=len(self._tracer.groups) * len(kinds) * edge * edge * itemsize,
         )
 

@@ -222,23 +222,22 @@ class Streamer:
 
     # ------------------------------------------------------------ memory
 
-    def num_bytes(self, batch: Batch) -> StreamBytes:
+    def num_bytes(self, batch: Batch) -> StreamBytes | None:
         """Memory of one example on its way, measured on the first example of a batch.
 
         Args:
             batch: tensors whose leading dimension is the examples.
 
         Returns:
-            What is kept between the steps, what a step takes, and its factors.
+            What is kept between the steps, what a step takes, and its factors; None if the model
+            is no chain.
         """
         one = {key: value[:1] for key, value in batch.items()}
         list(self.stream(one))  # what is new is learnt first
-        kept = factors = step = 0
+        factors = step = 0
         way = self._start(one)
         if way is None:
-            whole = self._tracer.capture(one)
-            pass_bytes = self._tracer.bytes_per_example(one)
-            return StreamBytes(0, whole.num_bytes, pass_bytes)
+            return None
         kept = sum(_num_bytes(given.hidden) for given in way.inputs)
         kept += sum(call.num_bytes for call in way.calls)
         kept += sum(_num_bytes(g) for of_call in way.gradients for g in of_call or ())

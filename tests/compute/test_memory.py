@@ -14,25 +14,34 @@ import pytest
 from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes, slowness
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
+from raykernel.ntk.stream import StreamBytes
 from tests.compute.tiny_problem import save_model
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 FOOTPRINT = Footprint(
-    weights=100 * MIB, audit=200 * MIB, factors=20 * MIB, largest=MIB, forward=50 * MIB, output=MIB
+    weights=100 * MIB,
+    audit=200 * MIB,
+    factors=20 * MIB,
+    largest=MIB,
+    forward=50 * MIB,
+    stream=None,
+    output=MIB,
 )
+STREAMED = dataclasses.replace(FOOTPRINT, stream=StreamBytes(kept=MIB, factors=2 * MIB, step=5))
 
 
 @pytest.mark.parametrize(
-    ("memory_gb", "batch_size", "block_size"),
-    list(product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16])),
+    ("memory_gb", "batch_size", "block_size", "footprint"),
+    list(product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16], [FOOTPRINT, STREAMED])),
 )
 def test_sizes_fit_and_are_whole_passes_or_the_block(
-    memory_gb: float, batch_size: int, block_size: int
+    memory_gb: float, batch_size: int, block_size: int, footprint: Footprint
 ) -> None:
     compute = ComputeConfig(memory_gb=memory_gb, batch_size=batch_size)
-    sizes = chunk_sizes(FOOTPRINT, compute, block_size=block_size, num_outputs=2)
+    sizes = chunk_sizes(footprint, compute, block_size=block_size, num_outputs=2)
+    assert sizes.resident or sizes.stream
     assert sizes.peak_bytes <= memory_gb * GIB
     assert 1 <= sizes.batch <= min(batch_size, block_size)
     for size in (sizes.rows, sizes.cols):
@@ -40,15 +49,28 @@ def test_sizes_fit_and_are_whole_passes_or_the_block(
         assert size == block_size or size % sizes.batch == 0
 
 
-def test_more_memory_never_makes_chunks_slower() -> None:
+@pytest.mark.parametrize("footprint", [FOOTPRINT, STREAMED])
+def test_more_memory_never_makes_chunks_slower(footprint: Footprint) -> None:
     sizes = [
-        chunk_sizes(FOOTPRINT, ComputeConfig(memory_gb=gb / 4), block_size=16, num_outputs=2)
+        chunk_sizes(footprint, ComputeConfig(memory_gb=gb / 4), block_size=16, num_outputs=2)
         for gb in range(5, 40)
     ]
     times = [slowness(s, 2) for s in sizes]
     assert times == sorted(times, reverse=True)
     assert sizes[-1].rows == sizes[-1].cols == 16
     assert sizes[-1].resident > 1
+
+
+def test_streaming_makes_a_small_memory_faster() -> None:
+    small, large = (ComputeConfig(memory_gb=gb) for gb in (1.25, 16.0))
+    for compute, streams in ((small, True), (large, False)):
+        whole, sizes = (
+            chunk_sizes(footprint, compute, block_size=32, num_outputs=2)
+            for footprint in (FOOTPRINT, STREAMED)
+        )
+        assert sizes.stream == streams
+        assert slowness(sizes, 2) <= slowness(whole, 2)
+    assert chunk_sizes(STREAMED, small, block_size=32, num_outputs=2).rows == 32
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
