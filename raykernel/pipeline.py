@@ -37,6 +37,10 @@ class Completion:
     seconds: float
     peak_memory_bytes: int
     """Largest resident memory of a worker, 0 if none worked."""
+    worker_seconds: float = 0.0
+    """Time that workers spent on the blocks, summed."""
+    predicted_seconds: float = 0.0
+    """The same as the device's rates predict it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Comple
         screen.say(f"All {total} blocks are stored: computing 0 blocks.")
         return Completion(total, 0, 0.0, 0)
     screen.say(f"{total - len(missing)} of {total} blocks are stored: computing {len(missing)}.")
-    start, peak = time.monotonic(), 0
+    start, peak, halved, worked, predicted = time.monotonic(), 0, 0, 0.0, 0.0
     spec = worker_spec(prepared)
     with contextlib.closing(open_executor(prepared.config.compute, screen)) as executor:
         if not prepared.encoded.label_ids and handle.read_head() is None:
@@ -188,10 +192,19 @@ def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Comple
                     screen.say(f"Block {outcome.job.i}, {outcome.job.j} failed: {failed}")
                 else:
                     peak = max(peak, outcome.result.peak_memory_bytes)
+                    worked += outcome.result.seconds
+                    predicted += outcome.result.predicted_seconds
+                    halved = max(halved, outcome.result.halved)
                 advance(1)
     if failed is not None:
         raise failed
-    return Completion(total, len(missing), time.monotonic() - start, peak)
+    if halved:
+        screen.say(
+            f"Note: memory ran out, and a worker halved its chunks {halved} times. Lower "
+            "compute.memory_gb to what is free; chunks that fit are faster."
+        )
+    seconds = time.monotonic() - start
+    return Completion(total, len(missing), seconds, peak, worked, predicted)
 
 
 def open_executor(compute: ComputeConfig, screen: Screen) -> Executor:
@@ -301,6 +314,15 @@ def result_row(
     }
 
 
+def _compared(done: Completion) -> str:
+    if not done.predicted_seconds:
+        return ""
+    return (
+        f" ({duration(done.worker_seconds)} of workers' time, "
+        f"{duration(done.predicted_seconds)} predicted)"
+    )
+
+
 def show_outcome(outcome: Outcome, screen: Screen) -> None:
     """Print scores, costs, where the blocks are, and what to try next.
 
@@ -346,6 +368,7 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
     screen.out.print(
         f"{done.blocks_computed} of {done.blocks_total} blocks computed now"
         + (f" in {duration(done.seconds)}" if done.blocks_computed else "")
+        + _compared(done)
         + (f", worker peak {size(done.peak_memory_bytes)}" if done.peak_memory_bytes else "")
         + f". Kernel {prepared.fingerprint}, {size(outcome.store_bytes)}, in {outcome.store_path}"
     )

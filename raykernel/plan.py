@@ -17,7 +17,7 @@ from raykernel.compute.memory import GIB
 from raykernel.compute.plan import WorkerPlan
 from raykernel.compute.worker import Worker
 from raykernel.config import RunConfig
-from raykernel.console import Screen, size
+from raykernel.console import Screen, duration, size
 from raykernel.pipeline import begin_kernel, why_new, worker_spec
 from raykernel.prepared import Prepared, prepare
 from raykernel.store.blocks import Store
@@ -47,15 +47,29 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the missing blocks, every block's rows captured anew."""
-        grid = self.prepared.grid
+        """Floating-point operations of the missing blocks."""
+        captures, cells = self._work
+        return captures * self.worker.capture_flops + cells * self.worker.block_flops
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of the missing blocks, all workers busy."""
+        captures, cells = self._work
+        alone = captures * self.worker.capture_seconds + cells * self.worker.block_seconds
+        return alone / self.prepared.config.compute.workers
+
+    @property
+    def _work(self) -> tuple[float, float]:
+        """Examples as long as the longest to capture, rows anew in every cell, and full cells."""
+        grid, encoded = self.prepared.grid, self.prepared.encoded
         share = self.blocks_missing / self.blocks_total
-        rows = sum(len(cell.rows) for cell in grid.cells())
+        rows = sum(len(cell.rows) for cell in grid.cells() if cell.rows != cell.cols)
         columns = grid.num_cols * self.prepared.config.compute.workers
+        lengths = [len(ids) for ids in encoded.input_ids]
+        captures = (rows + columns) * sum(lengths) / len(lengths) / max(lengths)
         full = grid.block_size**2
-        part = sum(len(cell.rows) * len(cell.cols) / full for cell in grid.cells())
-        captures = self.worker.capture_flops * (rows + columns)
-        return share * (captures + self.worker.block_flops * part)
+        cells = sum(len(cell.rows) * len(cell.cols) / full for cell in grid.cells())
+        return share * captures, share * cells
 
 
 def make_plan(config: RunConfig, screen: Screen) -> Plan:
@@ -116,6 +130,7 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         ["blocks", f"{plan.blocks_missing} to compute, {plan.blocks_total} in all"],
         ["parameters", f"{worker.num_parameters:,} in {len(worker.methods)} layer groups"],
         ["operations", f"{plan.flops / 1e12:.2f} TFLOP"],
+        ["predicted time", f"{duration(plan.seconds)} of {config.compute.workers} busy workers"],
         ["new in the store", size(plan.store_bytes)],
         ["workers", f"{config.compute.workers} ({config.compute.executor.value})"],
         [

@@ -15,5 +15,6 @@ def test_nearest_lists_all_choices_where_none_is_near():
 
 def test_nearest_lists_no_more_than_fits_a_screen():
     found = nearest("x", [f"layer{i:03d}" for i in range(200)])
-    assert "layer029" in found and "layer030" not in found
+    assert "layer029" in found
+    assert "layer030" not in found
     assert found.endswith("(200 in all)")

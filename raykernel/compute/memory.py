@@ -25,13 +25,15 @@ slower where a pass holds one example alone.
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
@@ -195,6 +197,30 @@ def keep_heap_ready() -> None:
     if libc is not None:
         libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
+
+
+def halved(sizes: Sizes) -> Sizes:
+    """Chunks half as large, for when memory runs out in spite of the estimate.
+
+    Args:
+        sizes: those that were too large.
+
+    Returns:
+        Half of each, one at least; no columns kept beside those at work.
+    """
+    batch = max(1, sizes.batch // 2)
+    rows, cols = (max(batch, size // 2 // batch * batch) for size in (sizes.rows, sizes.cols))
+    return replace(
+        sizes, batch=batch, rows=rows, cols=cols, resident=min(sizes.resident, 1), peak_bytes=0
+    )
+
+
+def release(device: str) -> None:
+    """Give memory that is free but kept back to the system or the GPU."""
+    gc.collect()
+    trim_heap()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def trim_heap() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
 
 from raykernel.compute.memory import Footprint, Sizes
+from raykernel.config import KernelConfig
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.factors import Part, Product
+from raykernel.ntk.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class WorkerPlan:
     """Floating-point operations to capture one example."""
     block_flops: float
     """Floating-point operations to contract one full cell."""
+    capture_seconds: float
+    """Predicted time of capturing one example."""
+    block_seconds: float
+    """Predicted time of contracting one full cell."""
 
 
 def plan_of(
@@ -38,13 +44,12 @@ def plan_of(
     num_tokens: int,
     footprint: Footprint,
     sizes: Sizes,
-    block_size: int,
+    kernel: KernelConfig,
+    rates: Rates,
+    streamed: Collection[nn.Module],
     fallbacks: dict[str, str],
 ) -> WorkerPlan:
     """The plan of a worker.
-
-    Operations are those of matrix products: 2 per weight, token and pass, of which there are one
-    forward and c backward; attention scores and lookups are left out.
 
     Args:
         module: the model.
@@ -52,40 +57,58 @@ def plan_of(
         num_tokens: its tokens.
         footprint: its bytes.
         sizes: how a cell is cut.
-        block_size: examples on a side of a cell.
+        kernel: kinds, and examples on a side of a cell.
+        rates: of the device.
+        streamed: transformer blocks that are gone through backwards; empty: all of the model is.
         fallbacks: parameters that no rule covers.
 
     Returns:
         The plan.
     """
-    num_pieces = math.ceil(block_size / sizes.rows) * math.ceil(block_size / sizes.cols)
+    pieces = math.ceil(kernel.block_size / sizes.rows) * math.ceil(kernel.block_size / sizes.cols)
     methods: dict[str, str] = {}
-    flops = 0.0
+    flops = seconds = 0.0
     for group, by_name in capture.parts.items():
-        found = [_method(part, sizes) for parts in by_name.values() for part in parts]
-        methods[group] = "+".join(sorted({name for name, _ in found}))
-        flops += num_pieces * sum(cost for _, cost in found)
-    num_passes = 1 + capture.logits.shape[1]
+        found = [
+            contract.method_of(part, sizes.rows, sizes.cols, kinds=kernel.stored_kinds, rates=rates)
+            for parts in by_name.values()
+            for part in parts
+        ]
+        methods[group] = "+".join(sorted({way.name for way in found}))
+        flops += pieces * sum(way.flops for way in found)
+        seconds += pieces * sum(way.seconds for way in found)
+    per_token = token_flops(module, capture.logits.shape[1], streamed=streamed, again=sizes.stream)
     return WorkerPlan(
         footprint=footprint,
         sizes=sizes,
         num_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         methods=methods,
         fallbacks=fallbacks,
-        capture_flops=2.0 * num_tokens * _num_weights(module) * num_passes,
+        capture_flops=num_tokens * per_token,
         block_flops=flops,
+        capture_seconds=rates.seconds(num_tokens * per_token, 0.0),
+        block_seconds=seconds,
     )
 
 
-def _method(part: Part, sizes: Sizes) -> tuple[str, float]:
-    """How a part is contracted, and the operations for one chunk against another."""
-    if not isinstance(part, Product):
-        return type(part).__name__.lower(), 0.0
-    _, c, t, d_out = part.gradients.shape
-    way = contract.method(
-        sizes.rows, sizes.cols, c=c, t=t, u=t, d_in=part.inputs.shape[-1], d_out=d_out
-    )
-    return way.name, way.flops
+def token_flops(
+    module: nn.Module, num_outputs: int, *, streamed: Collection[nn.Module], again: bool
+) -> float:
+    """Operations of a capture per token: those of matrix products, 2 per weight and pass.
+
+    There are one forward and c backward passes; attention scores and lookups are left out.
+
+    Args:
+        module: the model.
+        num_outputs: c.
+        streamed: blocks that backward passes go through; empty: all of the model.
+        again: whether these run forward a second time.
+
+    Returns:
+        The operations.
+    """
+    backward = sum(map(_num_weights, streamed)) if streamed else _num_weights(module)
+    return 2.0 * (_num_weights(module) + (num_outputs + again) * backward)
 
 
 def _num_weights(module: nn.Module) -> int:

@@ -13,8 +13,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -24,11 +23,12 @@ from torch import nn
 
 from raykernel.compute import memory
 from raykernel.compute.memory import Footprint, Sizes
-from raykernel.compute.plan import WorkerPlan, plan_of
+from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, ParametersConfig
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
+from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
@@ -71,9 +71,13 @@ class Receipt:
     """Another worker, or an earlier run, had stored it."""
     num_bytes: int
     seconds: float
+    predicted_seconds: float
+    """What the device's rates said before."""
     peak_memory_bytes: int
     """Largest memory of the worker so far: resident on a CPU, reserved on a GPU."""
     process: int
+    halved: int
+    """Times that memory ran out and the worker's chunks were halved, so far."""
 
 
 class Worker:
@@ -93,6 +97,8 @@ class Worker:
         self._may_compute = bool(spec.encoded.label_ids) or stored is not None
         self._columns: OrderedDict[range, list[Capture]] = OrderedDict()
         self._turn = 0
+        self._halved = 0
+        self._predicted = 0.0
 
     # ------------------------------------------------------------ jobs
 
@@ -105,20 +111,23 @@ class Worker:
         Returns:
             A receipt; no kernel value leaves the worker but to the store.
         """
-        start = time.monotonic()
+        start, self._predicted = time.monotonic(), 0.0
         if self._is_stored(cell):
             return self._receipt(cell, start, num_bytes=0, already_stored=True)
-        with self._explaining(cell):
-            values, logits = self._values(cell)
+        values, logits = self._values_in_memory(cell)
         if not _can_read(lambda: self._handle.read_logits(cell.i)):
             self._handle.write_logits(cell.rows, logits)
         provenance: dict[str, Json] = {
             "seconds": time.monotonic() - start,
+            "predicted_seconds": self._predicted,
             "peak_memory_bytes": self._peak_bytes(),
             "torch": torch.__version__,
             "device": self._spec.compute.device,
             "threads": torch.get_num_threads(),
             "batch": self._sizes.batch,
+            "rows": self._sizes.rows,
+            "cols": self._sizes.cols,
+            "halved": self._halved,
         }
         num_bytes = self._handle.write_block(cell, values, provenance)
         del values
@@ -172,11 +181,36 @@ class Worker:
             num_tokens=len(self._spec.encoded.input_ids[self._longest[0]]),
             footprint=self._footprint,
             sizes=self._sizes,
-            block_size=self._spec.kernel.block_size,
+            kernel=self._spec.kernel,
+            rates=self._rates,
+            streamed=self._streamer.blocks,
             fallbacks=self._tracer.fallbacks,
         )
 
     # ------------------------------------------------------------ numbers
+
+    def _values_in_memory(
+        self, cell: Cell
+    ) -> tuple[dict[str, dict[str, np.ndarray]], Float[np.ndarray, "n c"]]:
+        """`_values`, with chunks half as large for this and all later cells if memory runs out."""
+        while True:
+            try:
+                return self._values(cell)
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if (smaller := memory.halved(self._sizes)) == self._sizes:
+                    raise RunError(
+                        f"Memory ran out in cell ({cell.i}, {cell.j}) with one example against "
+                        f"one. Expected {self._spec.compute.memory_gb:g} GiB for this worker "
+                        "(compute.memory_gb). Free memory, or lower task.max_length, "
+                        "kernel.block_size or compute.workers."
+                    ) from error
+            # Outside the handler: its traceback would keep the tensors of the failed attempt.
+            self.__dict__["_sizes"] = smaller
+            self._halved += 1
+            self._columns.clear()
+            memory.release(self._spec.compute.device)
 
     def _values(
         self, cell: Cell
@@ -213,12 +247,16 @@ class Worker:
 
     def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, str, np.ndarray]]:
         kernel = self._spec.kernel
+        self._predicted += contract.predicted_seconds(
+            left, right, kinds=kernel.stored_kinds, rates=self._rates
+        )
         found = contract.grams(
             left,
             right,
             kinds=kernel.stored_kinds,
             dead_zone=kernel.dead_zone,
             max_bytes=memory.GRAM_BYTES,
+            rates=self._rates,
         )
         for kind, blocks in found.items():
             for group, block in blocks.items():
@@ -238,6 +276,8 @@ class Worker:
 
     def _segments(self, examples: range) -> Iterator[Capture]:
         """Captures of a chunk: one transformer block's factors at a time, or all at once."""
+        num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
+        self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
         batches = [self._batch(b) for b in _split(examples, self._sizes.batch)]
         if self._sizes.stream:
             found = zip(*(self._streamer.stream(batch) for batch in batches), strict=True)
@@ -256,6 +296,21 @@ class Worker:
     def _tracer(self) -> Tracer:
         signs = any(kind.has_signs for kind in self._spec.kernel.kinds)
         return Tracer(self._problem.module, self._problem.readout, signs=signs)
+
+    @cached_property
+    def _rates(self) -> Rates:
+        """Of the kernel's first worker: they choose the way of summation, and so its rounding."""
+        measured = rates_of(self._spec.compute.device)
+        return Rates(**self._handle.pin("rates", asdict(measured)))
+
+    @cached_property
+    def _token_flops(self) -> float:
+        return token_flops(
+            self._problem.module,
+            self._spec.num_labels,
+            streamed=self._streamer.blocks,
+            again=self._sizes.stream,
+        )
 
     @cached_property
     def _streamer(self) -> Streamer:
@@ -300,20 +355,6 @@ class Worker:
             lambda: self._handle.read_logits(cell.i)
         )
 
-    @contextmanager
-    def _explaining(self, cell: Cell) -> Iterator[None]:
-        """Say what to do if memory runs out."""
-        try:
-            yield
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise RunError(
-                f"Memory ran out in cell ({cell.i}, {cell.j}). Expected "
-                f"{self._spec.compute.memory_gb:g} GiB for this worker (compute.memory_gb). "
-                "Lower it to what is free, or lower kernel.block_size or compute.workers."
-            ) from error
-
     def _peak_bytes(self) -> int:
         if self._spec.compute.device.startswith("cuda"):
             return torch.cuda.max_memory_reserved(self._spec.compute.device)
@@ -328,8 +369,10 @@ class Worker:
             already_stored=already_stored,
             num_bytes=num_bytes,
             seconds=time.monotonic() - start,
+            predicted_seconds=self._predicted,
             peak_memory_bytes=self._peak_bytes(),
             process=os.getpid(),
+            halved=self._halved,
         )
 
 
@@ -377,8 +420,10 @@ def _can_read(read: Callable[[], object]) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error)  # PyTorch's allocator on the CPU
+    # PyTorch's allocator on the CPU, and oneDNN's, which gives no reason.
+    known = ("can't allocate memory", "could not create a primitive", "could not create a memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in known
     )
 
 

@@ -285,7 +285,7 @@ class Tracer:
         return None
 
     def watched(self, modules: Mapping[str, nn.Module]) -> Watched:
-        """The selected parameters, inside some modules (by layer group), as a recorder reads them."""
+        """Selected parameters as a recorder reads them, and modules (by layer group) to follow."""
         return Watched(
             names={id(p): k for k, p in self._parameters.items() if k not in self._through_model},
             owners=self._groups.owners,
@@ -295,6 +295,7 @@ class Tracer:
         )
 
     def check_logits(self, logits: Any, batch: Batch) -> None:
+        """Refuse a readout that is not (n, c) (InputError) or not finite (NonFiniteError)."""
         n = num_examples(batch)
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != n:
@@ -408,7 +409,7 @@ class Tracer:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Context of a pass: only parameters without a rule need a gradient, every module is in eval mode."""
+        """Context of a pass: eval mode, and gradients only of parameters without a rule."""
         training = {module: module.training for module in self.model.modules()}
         wanted = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
         try:

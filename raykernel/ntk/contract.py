@@ -30,6 +30,7 @@ from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
 from raykernel.ntk.factors import Lookup, Part, Product, accumulator, summed_rows
+from raykernel.ntk.rates import Rates, rates_of
 from raykernel.terms import Kind
 
 Block = Float[Tensor, "n c m c"]
@@ -43,11 +44,11 @@ _CPU_TILE_BYTES = 1 << 24
 _CPU_TABLE_BYTES = 1 << 19
 """The same for the factored way, which passes over its table three times."""
 
+_UPPER_SHARE = 5 / 8
+"""Share of a symmetric product's operations in strips above the diagonal, see `_add_upper`."""
+
 _STRIP_ROWS = 32
 """Rows below which a matrix product is too thin to be fast."""
-
-_FLOPS_PER_BYTE = 6.0
-"""Floating-point operations of a matrix product in the time of one byte of elementwise traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +60,23 @@ class Method:
     flops: float
     num_bytes: float
     """Elementwise memory traffic, in bytes."""
-
-    @property
-    def cost(self) -> float:
-        """Comparable cost: operations, with traffic in units of operations."""
-        return self.flops + _FLOPS_PER_BYTE * self.num_bytes
+    seconds: float
+    """Predicted time on the device."""
 
 
 def method(
-    num_rows: int, num_cols: int, *, c: int, t: int, u: int, d_in: int, d_out: int
+    num_rows: int,
+    num_cols: int,
+    *,
+    c: int,
+    t: int,
+    u: int,
+    d_in: int,
+    d_out: int,
+    rates: Rates,
+    symmetric: bool = False,
 ) -> Method:
-    """The cheaper way to contract one matrix's factors.
+    """The faster way to contract one matrix's factors on a device.
 
     Args:
         num_rows: n.
@@ -79,23 +86,75 @@ def method(
         u: tokens of a column example.
         d_in: inputs of the layer.
         d_out: outputs of the layer.
+        rates: of the device.
+        symmetric: whether rows and columns are the same examples.
 
     Returns:
         Its name and what it costs.
     """
-    sizes = (num_rows, num_cols, c, t, u, d_in, d_out)
-    return min(_direct(*sizes), _factored(*sizes), key=lambda way: way.cost)
+    n, m, p = num_rows, num_cols, d_in * d_out
+    formed = n * t if symmetric else n * t + m * u
+    flops = 2.0 * c * p * formed + 2.0 * n * m * c * c * p * (_UPPER_SHARE if symmetric else 1)
+    direct = flops, 2 * 4.0 * (n if symmetric else n + m) * c * p
+    pairs = 1.0 * n * t * m * u / (2 if symmetric else 1)
+    factored = 2 * pairs * (d_in + c * c * (d_out + 1)), 3 * 4 * pairs * c * c
+    ways = [
+        Method(name, *cost, rates.seconds(*cost))
+        for name, cost in (("direct", direct), ("factored", factored))
+    ]
+    return min(ways, key=lambda way: way.seconds)
 
 
-def _direct(n: int, m: int, c: int, t: int, u: int, d_in: int, d_out: int) -> Method:
-    p = d_in * d_out
-    flops = 2.0 * c * p * (n * t + m * u) + 2.0 * n * m * c * c * p
-    return Method("direct", flops, 2 * 4.0 * (n + m) * c * p)
+def method_of(
+    part: Part,
+    num_rows: int,
+    num_cols: int,
+    *,
+    kinds: Sequence[Kind],
+    rates: Rates,
+    symmetric: bool = False,
+) -> Method:
+    """How a part is contracted with parts of as many tokens, and what that costs.
+
+    Args:
+        part: one use of a parameter.
+        num_rows: n.
+        num_cols: m.
+        kinds: kernels wanted; with signs all go the direct way.
+        rates: of the device.
+        symmetric: whether rows and columns are the same examples.
+
+    Returns:
+        The method; a lookup's operations depend on the ids that both sides share and are left out.
+    """
+    c = part.gradients.shape[1]
+    if isinstance(part, Lookup):
+        return Method("lookup", 0.0, 0.0, 0.0)
+    if not isinstance(part, Product):
+        flops = 2.0 * len(kinds) * num_rows * num_cols * c * c * part.gradients.shape[2]
+        return Method("rows", flops, 0.0, rates.seconds(flops, 0.0))
+    t, d_out = part.gradients.shape[2:]
+    sizes = {"c": c, "t": t, "u": t, "d_in": part.inputs.shape[2], "d_out": d_out}
+    if not any(kind.has_signs for kind in kinds):
+        return method(num_rows, num_cols, **sizes, rates=rates, symmetric=symmetric)
+    formed = num_rows if symmetric else num_rows + num_cols
+    p = sizes["d_in"] * d_out
+    flops = 2.0 * c * p * (formed * t + len(kinds) * num_rows * num_cols * c)
+    num_bytes = 4 * 2 * 4.0 * formed * c * p  # the gradient, and what takes its signs
+    return Method("direct", flops, num_bytes, rates.seconds(flops, num_bytes))
 
 
-def _factored(n: int, m: int, c: int, t: int, u: int, d_in: int, d_out: int) -> Method:
-    pairs = 1.0 * n * t * m * u
-    return Method("factored", 2 * pairs * (d_in + c * c * (d_out + 1)), 3 * 4 * pairs * c * c)
+def predicted_seconds(
+    rows: Capture, cols: Capture, *, kinds: Sequence[Kind], rates: Rates
+) -> float:
+    """Predicted time of `grams` for two captures."""
+    sizes, symmetric = (len(rows.logits), len(cols.logits)), rows is cols
+    return sum(
+        method_of(part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric).seconds
+        for by_name in rows.parts.values()
+        for parts in by_name.values()
+        for part in parts
+    )
 
 
 def gram(
@@ -117,6 +176,7 @@ def grams(
     groups: Collection[str] | None = None,
     dead_zone: float = signs.DEAD_ZONE,
     max_bytes: int = MAX_BYTES,
+    rates: Rates | None = None,
 ) -> dict[Kind, dict[str, Block]]:
     """Kernel blocks of two captures by layer group; the sum over groups is the whole kernel.
 
@@ -130,6 +190,7 @@ def grams(
         groups: those wanted; None: all.
         dead_zone: gradients this small against their `magnitude` have sign 0.
         max_bytes: bound on temporary memory; never changes a number beyond rounding.
+        rates: of the device, which choose between the ways; None: measured, or from the cache.
 
     Returns:
         (n, c, m, c) by kind and group; zeros for a group that no output depends on.
@@ -142,10 +203,10 @@ def grams(
     for group in wanted:
         if group not in rows.groups:
             raise InputError(f"layer group {group!r} does not exist, {nearest(group, rows.groups)}")
+    limits = _Limits(dead_zone, max_bytes, rates or rates_of(rows.logits.device))
     blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
     for group in wanted:
-        of_group = _group_blocks(rows, cols, group, kinds, dead_zone, max_bytes)
-        for kind, block in of_group.items():
+        for kind, block in _group_blocks(rows, cols, group, kinds, limits).items():
             if not bool(block.isfinite().all()):
                 raise NonFiniteError(
                     f"{group}: its kernel block overflows {block.dtype}, expected finite values. "
@@ -155,13 +216,15 @@ def grams(
     return blocks
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    dead_zone: float
+    max_bytes: int
+    rates: Rates
+
+
 def _group_blocks(
-    rows: Capture,
-    cols: Capture,
-    group: str,
-    kinds: Sequence[Kind],
-    dead_zone: float,
-    max_bytes: int,
+    rows: Capture, cols: Capture, group: str, kinds: Sequence[Kind], limits: _Limits
 ) -> dict[Kind, Block]:
     n, c = rows.logits.shape
     m = len(cols.logits)
@@ -176,7 +239,7 @@ def _group_blocks(
         left, right = (_uses(side, name, owners) for side in (rows, cols))
         if left and right:
             right = left if rows is cols else right
-            found = signed(left, right, own, dead_zone=dead_zone, max_bytes=max_bytes)
+            found = signed(left, right, own, dead_zone=limits.dead_zone, max_bytes=limits.max_bytes)
             for kind, block in found.items():
                 total[kind] += block
         complete.update({name} if Kind.sgd in own else ())
@@ -186,7 +249,7 @@ def _group_blocks(
             for name, parts in rows.parts[of_rows].items():
                 for part in () if name in complete else parts:
                     for other in cols.parts[of_cols].get(name, ()):
-                        total[Kind.sgd] += _contract(part, other, max_bytes)
+                        total[Kind.sgd] += _contract(part, other, limits)
     return {kind: block.view(n, c, m, c) for kind, block in total.items()}
 
 
@@ -206,11 +269,14 @@ def _uses(capture: Capture, name: str, groups: Sequence[str]) -> list[Part]:
     return [part for group in groups for part in capture.parts[group].get(name, ())]
 
 
-def _contract(left: Part, right: Part, max_bytes: int) -> Float[Tensor, "nc mc"]:
+def _contract(left: Part, right: Part, limits: _Limits) -> Float[Tensor, "nc mc"]:
+    max_bytes = limits.max_bytes
     if isinstance(left, Product) and isinstance(right, Product) and _same_matrix(left, right):
         n, c, t, d_out = left.gradients.shape
         m, _, u, _ = right.gradients.shape
-        way = method(n, m, c=c, t=t, u=u, d_in=left.inputs.shape[-1], d_out=d_out)
+        d_in, symmetric = left.inputs.shape[-1], left is right
+        sizes = {"c": c, "t": t, "u": u, "d_in": d_in, "d_out": d_out}
+        way = method(n, m, **sizes, rates=limits.rates, symmetric=symmetric)
         if way.name == "factored":
             return factored(left, right, max_bytes=max_bytes)
         turned = _by_longer_side(left)

@@ -28,7 +28,6 @@ from raykernel.ntk.capture import Capture, Gradients, Parts, Tracer, gradients_o
 from raykernel.ntk.contract import gram
 from raykernel.ntk.recorder import Call, Recorder
 
-
 _TOLERANCE, _NOISE = 4e-6, 1e-4
 """Relative error of a squared gradient, 32 roundings of float32; rounding of one that is zero,
 relative to the layer group with the largest."""
@@ -97,6 +96,11 @@ class Streamer:
         inside = {group for groups in blocks for group in groups}
         outside = tuple(group for group in self._tracer.groups if group not in inside)
         return (*reversed(blocks), outside)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """Transformer blocks that are gone through one by one; known once a batch went through."""
+        return tuple(self._blocks.values())[self._first or 0 :]
 
     def stream(self, batch: Batch) -> Iterator[Capture]:
         """Captures of a batch, segment by segment; each is complete for its layer groups.
@@ -349,8 +353,7 @@ def _groups_by_block(
 ) -> tuple[tuple[str, ...], ...] | None:
     """Layer groups of every block; None if a parameter is tied into one."""
     found = tuple(
-        tuple(g for g in tracer.modules if g == path or g.startswith(f"{path}."))
-        for path in blocks
+        tuple(g for g in tracer.modules if g == path or g.startswith(f"{path}.")) for path in blocks
     )
     inside = {group for groups in found for group in groups}
     tied = {group for pair in tracer.crosses.values() for group in pair}
@@ -408,10 +411,8 @@ def _taken(whole: Capture, groups: Sequence[str]) -> Capture:
 
 
 def _same(capture: Capture, whole: Capture) -> bool:
-    """Whether two captures hold the same gradients of the first one's groups.
-
-    |g - g'|² = ⟨g, g⟩ - 2 ⟨g, g'⟩ + ⟨g', g'⟩
-    """
+    """Whether two captures hold the same gradients of the first one's groups."""
+    # |g - g'|² = ⟨g, g⟩ - 2 ⟨g, g'⟩ + ⟨g', g'⟩
     other = Capture(whole.logits, {g: whole.parts[g] for g in capture.parts}, {})
     own = Capture(capture.logits, capture.parts, {})
     pairs = [gram(a, b) for a, b in ((own, own), (own, other), (other, other))]

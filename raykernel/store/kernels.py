@@ -6,6 +6,7 @@
       logits-<iiii>.arrow        one per row block: the initial logits, float64
       block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
       head.arrow                 linear head, where there is one
+      rates.json                 what the first run measured of the device, see `pin`
       result-<key>.parquet       result rows (results.py)
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
@@ -14,6 +15,7 @@ A block written twice holds the same numbers, so nobody locks and nobody waits.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from raykernel.errors import BlockCorruptError, InputError, KernelIncompleteErro
 from raykernel.store import arrowfile, blockfile
 from raykernel.store.arrowfile import ArrowFile
 from raykernel.store.blockfile import Block, Kernels, Names, block_name, logits_name
+from raykernel.store.commit import commit_first
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.groups import select_groups
 from raykernel.store.manifest import Manifest
@@ -167,7 +170,41 @@ class KernelHandle:
         )
         return arrowfile.write(self.path / "head.arrow", table, {"fingerprint": self.fingerprint})
 
+    def pin(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
+        """Keep what holds for this kernel from its first worker on, such as a measurement.
+
+        Args:
+            name: what it is.
+            value: what holds if nothing is kept yet.
+
+        Returns:
+            What is kept: of several processes' values, the same one for all.
+        """
+        path = self.path / f"{name}.json"
+        if not path.exists():
+            commit_first(path, json.dumps(value, sort_keys=True).encode())
+        return self.read_pinned(name)
+
     # ------------------------------------------------------------ reading
+
+    def read_pinned(self, name: str) -> dict[str, Any]:
+        """What `pin` kept.
+
+        Args:
+            name: what it is.
+
+        Returns:
+            The value.
+
+        Raises:
+            BlockCorruptError: if the file is damaged.
+            FileNotFoundError: if nothing is kept.
+        """
+        path = self.path / f"{name}.json"
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise BlockCorruptError(arrowfile.damage(path, f"unreadable: {error}")) from error
 
     def read_head(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Weight (c, d) and bias (c,) in float32, or None if no head is stored."""

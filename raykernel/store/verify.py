@@ -142,13 +142,20 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
     elif file.name == "examples.arrow":
         if handle.examples().num_rows != grid.num_rows:
             raise BlockCorruptError(damage(file, f"expected {grid.num_rows} examples"))
-    elif file.name == "head.arrow":
+    else:
+        _check_other(handle, file)
+    return None
+
+
+def _check_other(handle: KernelHandle, file: Path) -> None:
+    if file.name == "head.arrow":
         read(file, check=True)
+    elif file.name == "rates.json":
+        handle.read_pinned("rates")
     elif file.match("result-*.parquet"):
         read_row_file(file, TABLES["kernels"].schema)
     elif file.name != manifest.NAME:
         raise InputError("no file of a store; move it elsewhere")
-    return None
 
 
 def _odd_groups(names_by_file: dict[Path, Names]) -> Iterator[tuple[Path, str, bool]]:

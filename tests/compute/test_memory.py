@@ -9,6 +9,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes, slowness
@@ -106,6 +107,48 @@ for cell in handle_of(spec).missing():
 json.dump({"seconds": time.process_time() - start, "peak": peak_resident_bytes(),
            "receipt": receipt.peak_memory_bytes}, sys.stdout)
 """
+
+
+OUT_OF_MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from raykernel.compute import memory
+from raykernel.config import ModelConfig
+from raykernel.terms import Architecture
+from tests.compute.tiny_problem import handle_of, make_spec, texts
+model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
+spec = make_spec(Path(sys.argv[1]), model, num_train=32, num_rows=32, block_size=32,
+                 encoded=texts(32, shortest=60, longest=64), memory_gb=4.0)
+work = spec.blocks()
+memory.release("cpu")
+if limit := int(sys.argv[3]):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = pages * resource.getpagesize() + limit
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+receipt = work(handle_of(spec).missing()[0])
+json.dump({"halved": receipt.halved, "sum": handle_of(spec).kernel().tolist()}, sys.stdout)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size from /proc")
+def test_when_memory_runs_out_chunks_are_halved(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}
+    model = save_model(tmp_path / "model", num_hidden_layers=4, **sizes).name
+    found = []
+    for name, limit in (("a", 0), ("b", 160 * MIB)):  # the factors alone take 32 x 5 MiB
+        arguments = [str(tmp_path / name), model, str(limit)]
+        done = subprocess.run(
+            [sys.executable, "-c", OUT_OF_MEMORY, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout))
+    assert found[0]["halved"] == 0
+    assert found[1]["halved"] > 0
+    whole, pieces = (np.array(result["sum"]) for result in found)
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
 def measure(folder: Path, model: str, num_rows: int, memory_gb: float) -> dict[str, float]:
