@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class Outcome:
     results: dict[Kind, RegressionResult]
     store_path: str
     store_bytes: int
+    precision_error: dict[str, Any] | None
+    """What a reduced precision costs, measured on a sample by the kernel's first worker."""
 
 
 def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Outcome:
@@ -78,7 +81,8 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
         if completion.blocks_computed or not store.has_result("kernels", row):
             store.write_result("kernels", row)
     kept = sum(file.stat().st_size for file in handle.path.iterdir())
-    return Outcome(prepared, completion, results, config.store.path, kept)
+    error = handle.read_pinned("precision") if handle.has_pinned("precision") else None
+    return Outcome(prepared, completion, results, config.store.path, kept, error)
 
 
 def open_kernel(prepared: Prepared) -> KernelHandle:
@@ -372,6 +376,12 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
         + (f", worker peak {size(done.peak_memory_bytes)}" if done.peak_memory_bytes else "")
         + f". Kernel {prepared.fingerprint}, {size(outcome.store_bytes)}, in {outcome.store_path}"
     )
+    if outcome.precision_error is not None:
+        found = outcome.precision_error
+        screen.out.print(
+            f"{config.kernel.precision.value}: relative error {found['relative_error']:.1e} on "
+            f"{found['examples']} examples, against float32 (most in {found['worst_group']})"
+        )
     screen.out.print(
         'Next: raykernel query "select task, model, k, seed, zero_shot, linear_probe, '
         f'kernel_regression from kernels" --store {outcome.store_path}',

@@ -114,6 +114,11 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
     @property
+    def is_reduced(self) -> bool:
+        """Whether it rounds more than float32."""
+        return self in (Precision.tf32, Precision.bfloat16)
+
+    @property
     def stored(self) -> str:
         """Type of the stored blocks: sums over layers are never taken in less than float32."""
         return "float64" if self is Precision.float64 else "float32"

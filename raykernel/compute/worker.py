@@ -9,6 +9,7 @@ whatever was computed before: batches, chunks and their order of summation are f
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import OrderedDict
@@ -30,11 +31,12 @@ from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.stream import Streamer
-from raykernel.problem.models import Problem, load_problem
+from raykernel.problem.models import Problem, load_problem, set_matmul_precision
 from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
+from raykernel.terms import Precision
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,32 @@ class Worker:
         for examples in (longest[:1], longest):
             for capture in self._streamer.stream(self._batch(examples)):
                 del capture
+        if self._spec.kernel.precision.is_reduced and not self._handle.has_pinned("precision"):
+            self._handle.pin("precision", self._precision_error())
         memory.trim_heap()
+
+    def _precision_error(self) -> dict[str, Json]:
+        """Relative Frobenius errors of a reduced precision on the longest examples."""
+        spec, batch = self._spec, self._batch(self._longest)
+        capture = self._tracer.capture(batch)
+        found = contract.gram(capture, capture)
+        kernel = dataclasses.replace(spec.kernel, precision=Precision.float32)
+        stored = None if spec.encoded.label_ids else self._handle.read_head()
+        head = None if stored is None else Head(*stored)
+        exact = _load(dataclasses.replace(spec, kernel=kernel), head)
+        capture = Tracer(exact.module, exact.readout).capture(batch)
+        expected = contract.gram(capture, capture)
+        set_matmul_precision(spec.kernel.precision)
+        errors = {g: float((found[g] - expected[g]).norm()) for g in expected}
+        whole = float(torch.stack(list(expected.values())).sum(0).norm())
+        total = float((torch.stack([found[g] - expected[g] for g in expected])).sum(0).norm())
+        worst = max(errors, key=lambda group: errors[group])
+        return {
+            "relative_error": total / whole if whole else 0.0,
+            "worst_group": worst,
+            "worst_group_error": errors[worst] / whole if whole else 0.0,
+            "examples": len(self._longest),
+        }
 
     def plan(self) -> WorkerPlan:
         """Memory, chunks, operations and methods of a full cell; computes no block.

@@ -301,6 +301,11 @@ def _set_tie(module: PreTrainedModel, model: ModelConfig) -> None:
     module.config.tie_word_embeddings = model.tie_head
 
 
+def set_matmul_precision(precision: Precision) -> None:
+    """Switch tf32 on or off for the whole process; CPUs have none."""
+    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+
+
 def _device(name: str, precision: Precision) -> torch.device:
     """The device, with tf32 switched on or off where it exists."""
     try:
@@ -316,7 +321,7 @@ def _device(name: str, precision: Precision) -> torch.device:
                 "CUDA devices that this PyTorch sees. Set compute.device=cpu, or install a CUDA "
                 "build of PyTorch."
             )
-        torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+        set_matmul_precision(precision)
     elif precision is Precision.tf32:
         raise InputError(
             f"kernel.precision: tf32 exists on CUDA devices only, found compute.device={name}. "

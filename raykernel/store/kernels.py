@@ -6,7 +6,7 @@
       logits-<iiii>.arrow        one per row block: the initial logits, float64
       block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
       head.arrow                 linear head, where there is one
-      rates.json                 what the first run measured of the device, see `pin`
+      rates.json, precision.json what the first worker measured, see `pin`
       result-<key>.parquet       result rows (results.py)
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
@@ -186,6 +186,10 @@ class KernelHandle:
         return self.read_pinned(name)
 
     # ------------------------------------------------------------ reading
+
+    def has_pinned(self, name: str) -> bool:
+        """Whether `pin` kept something under this name."""
+        return (self.path / f"{name}.json").exists()
 
     def read_pinned(self, name: str) -> dict[str, Any]:
         """What `pin` kept.

@@ -150,8 +150,8 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
 def _check_other(handle: KernelHandle, file: Path) -> None:
     if file.name == "head.arrow":
         read(file, check=True)
-    elif file.name == "rates.json":
-        handle.read_pinned("rates")
+    elif file.name in ("rates.json", "precision.json"):
+        handle.read_pinned(file.stem)
     elif file.match("result-*.parquet"):
         read_row_file(file, TABLES["kernels"].schema)
     elif file.name != manifest.NAME:

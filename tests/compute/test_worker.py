@@ -86,6 +86,29 @@ def test_kernels_of_signs_come_back_from_mirrored_blocks(
         np.testing.assert_allclose(found, whole, rtol=1e-9, atol=1e-9 * np.abs(whole).max())
 
 
+def test_a_reduced_precision_says_its_error(tmp_path: Path, model: ModelConfig) -> None:
+    spec = make_spec(tmp_path / "a", model, precision=Precision.bfloat16)
+    exact = make_spec(tmp_path / "b", model)
+    for each in (spec, exact):
+        complete(each)
+    assert not handle_of(exact).has_pinned("precision")
+    said = handle_of(spec).read_pinned("precision")
+    assert said["examples"] == 2
+    lengths = [len(ids) for ids in spec.encoded.input_ids]
+    longest = sorted(range(11), key=lambda i: (-lengths[i], i))[:2]
+    problems = [
+        load_problem(model, spec.parameters, label_ids=(7, 9), num_labels=2, precision=precision)
+        for precision in (Precision.bfloat16, Precision.float32)
+    ]
+    batch = collate(spec.encoded, longest)
+    found, expected = (
+        sum(empirical_kernel(p.module, p.readout, batch)["sgd"].values()) for p in problems
+    )
+    error = float((found - expected).norm() / expected.norm())
+    assert said["relative_error"] == pytest.approx(error, rel=1e-3)
+    assert 1e-5 < error < 0.5
+
+
 def test_a_second_run_computes_nothing(tmp_path: Path, model: ModelConfig) -> None:
     spec = make_spec(tmp_path, model)
     cells = handle_of(spec).grid.cells()
