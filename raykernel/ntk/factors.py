@@ -170,7 +170,9 @@ def magnitude(part: Part) -> Float[Tensor, "n c"]:
         own: Tensor = b.norm(dim=2) / max(b.shape[2], 1) ** 0.5
         return own if part.scale is None else part.scale
     if isinstance(part, Lookup):
-        single: Tensor = b.norm(dim=(2, 3)) / max(b.shape[2] * b.shape[3], 1) ** 0.5
+        of_tokens = b.norm(dim=3)
+        alive = (of_tokens > 0).sum(2).clamp_(min=1)  # not padding, which the batch decides
+        single: Tensor = of_tokens.norm(dim=2) / (alive * max(b.shape[3], 1)) ** 0.5
         return single
     lengths = b.norm(dim=3) * _raised(part.inputs).norm(dim=2).unsqueeze(1)
     total: Tensor = lengths.sum(2) / max(part.num_rows * part.width, 1) ** 0.5

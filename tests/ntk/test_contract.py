@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raykernel.errors import InputError, NonFiniteError
+from raykernel.ntk import rates
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import direct, factored, gram, method
 from raykernel.ntk.factors import (
@@ -20,6 +21,7 @@ from raykernel.ntk.factors import (
     lookup_by_index,
     lookup_by_product,
 )
+from raykernel.ntk.rates import Rates, rates_of
 from tests import cases, oracles
 
 C, VOCAB, WIDTH = 2, 11, 3
@@ -169,12 +171,51 @@ def test_half_precision_factors_are_summed_in_float32():
         assert block.item() == 4096.0**2
 
 
-def test_method_follows_the_cost():
-    short = method(32, 32, c=2, t=1, u=1, d_in=768, d_out=768)
-    long = method(32, 32, c=2, t=512, u=512, d_in=64, d_out=64)
+def test_method_follows_the_predicted_time():
+    device = Rates(flops=1e11, bandwidth=2e10)
+    short = method(32, 32, c=2, t=1, u=1, d_in=768, d_out=768, rates=device)
+    long = method(32, 32, c=2, t=512, u=512, d_in=64, d_out=64, rates=device)
     assert (short.name, long.name) == ("factored", "direct")
     assert short.flops > 0
     assert long.num_bytes > 0
+    for way in (short, long):
+        assert way.seconds == way.flops / 1e11 + way.num_bytes / 2e10
+
+
+def test_slow_memory_favours_the_way_with_less_traffic():
+    sizes = {"c": 2, "t": 24, "u": 24, "d_in": 256, "d_out": 256}
+    fast, slow = (
+        method(32, 32, **sizes, rates=Rates(flops=1e11, bandwidth=bandwidth))
+        for bandwidth in (1e15, 1e6)
+    )
+    assert fast.name == "direct"
+    assert slow.name == "factored"
+    assert slow.num_bytes < fast.num_bytes
+
+
+def test_the_symmetric_block_costs_less():
+    sizes = {"c": 2, "t": 8, "u": 8, "d_in": 64, "d_out": 64}
+    device = Rates(flops=1e11, bandwidth=2e10)
+    both = method(32, 32, **sizes, rates=device, symmetric=True)
+    one = method(32, 32, **sizes, rates=device)
+    assert both.flops < one.flops
+
+
+def test_rates_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYKERNEL_CACHE", str(tmp_path))
+    rates._known.cache_clear()
+    first = rates_of("cpu")
+    assert first.flops > 1e8
+    assert first.bandwidth > 1e7
+    (file,) = (tmp_path / "rates").iterdir()
+    file.write_text('{"flops": 1.0, "bandwidth": 2.0}')
+    assert rates_of("cpu") == first
+    rates._known.cache_clear()
+    assert rates_of("cpu") == Rates(1.0, 2.0)
+    file.write_text("{")
+    rates._known.cache_clear()
+    assert rates_of("cpu").flops > 1e8
+    rates._known.cache_clear()
 
 
 def test_unknown_group_is_named():
