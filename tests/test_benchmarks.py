@@ -1,0 +1,58 @@
+"""Every contender of the benchmarks computes the kernel that the float64 loop defines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import floor
+from benchmarks.comparison import relative_error
+from benchmarks.contenders import OWN, Contender
+from benchmarks.peers import PEERS, reference
+from benchmarks.regression import WAYS, reference_predictions, regression
+from benchmarks.workloads import PAD, Workload, roberta
+
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Workload:
+    return roberta("tiny", "", texts=4, tokens=8, width=WIDTH, layers=2)
+
+
+@pytest.mark.parametrize("contender", [*OWN, *PEERS], ids=lambda contender: contender.name)
+def test_contender_is_the_float64_loop(contender: Contender, tiny: Workload) -> None:
+    if not contender.installed:
+        pytest.skip(f"{contender.needs} is not installed")
+    expected = reference(contender.variant(tiny))
+    assert relative_error(contender.kernel(tiny), expected) < 1e-5
+
+
+def test_tied_weights_add_what_the_untied_model_lacks(tiny: Workload) -> None:
+    dattri = next(contender for contender in PEERS if contender.needs == "dattri-llm")
+    assert relative_error(reference(dattri.variant(tiny)), reference(tiny)) > 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
+def test_regression_is_that_of_the_float64_kernel(way) -> None:
+    problem = regression(6, 4, tokens=8, width=WIDTH, layers=2)
+    found, expected = way(problem), reference_predictions(problem)
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_the_floor_counts_every_layer_over_its_live_tokens(tiny: Workload) -> None:
+    """All of a text's tokens below the last block; there only the mask's, but for keys, values."""
+    n, c = tiny.num_examples, tiny.num_outputs
+    words = int((tiny.batch["input_ids"] != PAD).sum())
+    square, wide, tall = (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)
+    layers = [(words, *size) for size in (square, square, square, square, wide, tall)]
+    layers += [(words, *square), (words, *square)]
+    layers += [(n, *size) for size in (square, square, wide, tall, square, (WIDTH, c))]
+    expected = sum(
+        min(
+            2 * c * s * d_in * d_out + (n * c) ** 2 * d_in * d_out,
+            s**2 * d_in + (c * s) ** 2 * (d_out + 2),
+        )
+        for s, d_in, d_out in layers
+    )
+    assert floor.work(tiny).flops == expected
