@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
 from benchmarks.contenders import Contender, Kernel, Prepare, Run
-from benchmarks.workloads import Workload, untied, without_head_bias
+from benchmarks.workloads import Workload, untied_without_rms_norm, without_head_bias
 
 REFERENCE_BYTES = 6 << 30
 """Gradients that the float64 reference holds; workloads that need more are checked in part."""
@@ -229,9 +229,9 @@ PEERS = (
     Contender(
         "dattri-llm",
         _dattri_llm,
-        "untied model: it drops the cross terms of tied weights",
+        "without cross terms of tied weights and RMSNorm, which it lacks",
         needs="dattri-llm",
-        variant=untied,
+        variant=untied_without_rms_norm,
     ),
     Contender(
         "opacus",

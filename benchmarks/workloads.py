@@ -214,6 +214,15 @@ def untied(workload: Workload) -> Workload:
     return replace(workload, model=model)
 
 
+def untied_without_rms_norm(workload: Workload) -> Workload:
+    """The untied copy in which the gains of RMSNorm modules are frozen."""
+    own = untied(workload)
+    for module in own.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.requires_grad_(False)
+    return own
+
+
 def without_head_bias(workload: Workload) -> Workload:
     """A copy in which the bias of RoBERTa's head is frozen."""
     model = copy.deepcopy(workload.model)
