@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import floor
 from benchmarks.comparison import relative_error
@@ -26,6 +27,12 @@ def test_contender_is_the_float64_loop(contender: Contender, tiny: Workload) -> 
         pytest.skip(f"{contender.needs} is not installed")
     expected = reference(contender.variant(tiny))
     assert relative_error(contender.kernel(tiny), expected) < 1e-5
+
+
+def test_the_forced_contractions_are_two(tiny: Workload) -> None:
+    """They sum in different orders, so that their bits differ."""
+    direct, factored = (own.kernel(tiny) for own in OWN if own.name.endswith("only"))
+    assert not torch.equal(direct, factored)
 
 
 def test_tied_weights_add_what_the_untied_model_lacks(tiny: Workload) -> None:

@@ -8,9 +8,10 @@ same number, the cheaper of which is taken (Goodfellow 2015, arXiv:1510.01799, f
     direct    form G for a tile of the parameter's rows, then one matrix product
     factored  Σ_tu (A A'ᵀ)[t, u] · (B B'ᵀ)[t, u]; the first factor serves all outputs
 
-Everything that is not a product of one matrix with itself goes the direct way over the rows that
-both sides touch: embeddings over the token ids they share, a tied embedding and head over the
-ids that are also label words. Products are summed in float32 (float64 factors: in float64).
+Two embeddings are multiplied token by token (`lookups`). Everything else that is not a product of
+one matrix with itself goes the direct way over the rows that both sides touch: a tied embedding
+and head over the ids that are also label words. Products are summed in float32 (float64 factors:
+in float64).
 
 Kernels of signs go the direct way always, for a sign is one of the whole gradient (`signs`). For
 the same reason a tied parameter's share of them is not a sum over its uses: all of it stands in
@@ -30,6 +31,7 @@ from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
 from raykernel.ntk.factors import Lookup, Part, Product, accumulator, summed_rows
+from raykernel.ntk.lookups import shared_tokens
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.terms import Kind
 
@@ -47,7 +49,7 @@ _CPU_TABLE_BYTES = 1 << 19
 _UPPER_SHARE = 5 / 8
 """Share of a symmetric product's operations in strips above the diagonal, see `_add_upper`."""
 
-_STRIP_ROWS = 32
+_STRIP_ROWS = 16
 """Rows below which a matrix product is too thin to be fast."""
 
 
@@ -282,6 +284,10 @@ def _contract(left: Part, right: Part, limits: _Limits) -> Float[Tensor, "nc mc"
         turned = _by_longer_side(left)
         same = turned if left is right else _by_longer_side(right)
         return direct(turned, same, max_bytes=max_bytes)
+    # On a GPU the sums by token would be atomic, in any order.
+    if isinstance(left, Lookup) and isinstance(right, Lookup) and not left.ids.is_cuda:
+        sparse, dense = shared_tokens(left, right)
+        return sparse + direct(left, right, max_bytes=max_bytes, only=dense)
     return direct(left, right, max_bytes=max_bytes)
 
 
@@ -302,13 +308,16 @@ def _by_longer_side(part: Product) -> Product:
     return part
 
 
-def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
+def direct(
+    left: Part, right: Part, *, max_bytes: int, only: Int[Tensor, " s"] | None = None
+) -> Float[Tensor, "nc mc"]:
     """Block of two parts of one parameter, its gradient formed tile by tile.
 
     Args:
         left: rows of the block.
         right: columns of the block.
         max_bytes: bound on a tile of both.
+        only: ascending rows of the parameter that count; None: all.
 
     Returns:
         The block, examples and outputs flattened.
@@ -320,7 +329,7 @@ def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]
     shape = [part.gradients.shape[:2].numel() for part in (left, right)]
     common = torch.promote_types(left.gradients.dtype, right.gradients.dtype)
     total = left.gradients.new_zeros(shape, dtype=accumulator(common))
-    for tile in _tiles([left], [right], size):
+    for tile in _tiles([left], [right], size) if only is None else _pieces(only, size):
         own = left.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
         if left is right:
             _add_upper(total, own)
@@ -416,12 +425,15 @@ def _tiles(
     if len(touched) == 2:
         touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
     if touched:
-        rows = touched[0]
-        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+        yield from _pieces(touched[0], size)
         return
     num_rows = next(p.num_rows for p in left if not isinstance(p, Lookup) and p.support() is None)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
+
+
+def _pieces(rows: Int[Tensor, " s"], size: int) -> Iterator[Int[Tensor, " s"]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _support(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 RowBlock = Float[Tensor, "n c s w"]
 
+_DROP_SHARE = 0.8
+"""Share of tokens that may be left for it to pay to copy those that carry a gradient."""
+
 _COLUMN_SEARCH = 1024
 """Output features from which it pays to look for those that no readout uses (an LM head's)."""
 
@@ -86,7 +89,7 @@ def lookup_by_index(
 ) -> RowBlock:
     """Gradients summed by id, for ascending rows: cost O(n·c·t·w), deterministic on a CPU."""
     n, c, _, w = gradients.shape
-    place = torch.searchsorted(rows, ids).clamp_(max=len(rows) - 1)
+    place = torch.searchsorted(rows, ids.contiguous()).clamp_(max=len(rows) - 1)
     example, token = (rows[place] == ids).nonzero(as_tuple=True)
     block = gradients.new_zeros((n * len(rows), c, w))
     source = gradients.transpose(1, 2)[example, token]
@@ -249,7 +252,7 @@ def compress(part: Part) -> tuple[Part, bool]:
     num_alive = int((peak != 0).sum(1).max())
     finite = bool(peak.isfinite().all())
     t = peak.shape[1]
-    if num_alive < t:
+    if num_alive <= _DROP_SHARE * t:
         order = (peak == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(num_alive, 1)]
         part = _take_tokens(part, order)
     if isinstance(part, Product):
@@ -296,6 +299,8 @@ def join_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
     Returns:
         One part per kind.
     """
+    if len(parts) == 1:
+        return tuple(parts)
     products = [p for p in parts if isinstance(p, Product) and not p.transposed]
     turned = [p for p in parts if isinstance(p, Product) and p.transposed]
     lookups = [p for p in parts if isinstance(p, Lookup)]

@@ -21,6 +21,7 @@ from raykernel.ntk.factors import (
     lookup_by_index,
     lookup_by_product,
 )
+from raykernel.ntk.lookups import shared_tokens
 from raykernel.ntk.rates import Rates, rates_of
 from tests import cases, oracles
 
@@ -169,6 +170,30 @@ def test_half_precision_factors_are_summed_in_float32():
         block = contract(half, half, max_bytes=1 << 20)
         assert block.dtype == torch.float32
         assert block.item() == 4096.0**2
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.integers(1, 7), st.integers(1, 30), st.integers(0, 99)
+)
+def test_lookups_are_multiplied_token_by_token(n, m, t, vocabulary, seed):
+    """Tokens that few texts share, that most share, and that none does."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        Lookup(
+            torch.randint(0, vocabulary, (size, t), generator=generator),
+            normal(size, C, t, WIDTH, seed=seed + size),
+        )
+        for size in (n, m)
+    )
+    for other in (right, left):
+        sparse, dense = shared_tokens(left, other)
+        block = sparse + direct(left, other, max_bytes=200, only=dense)
+        expected = direct(left, other, max_bytes=1 << 20)
+        torch.testing.assert_close(block, expected, rtol=1e-12, atol=1e-12)
+        without = [v for v in range(vocabulary) if v not in dense.tolist()]
+        alone = direct(left, other, max_bytes=1 << 20, only=torch.tensor(without, dtype=torch.long))
+        torch.testing.assert_close(sparse, alone, rtol=1e-12, atol=1e-12)
 
 
 def test_method_follows_the_predicted_time():
