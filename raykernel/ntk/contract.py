@@ -20,8 +20,8 @@ the first cross group of the modules that share it, and the sum over groups is s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,16 @@ from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
 from raykernel.ntk.factors import Lookup, Part, Product, accumulator, summed_rows
 from raykernel.ntk.lookups import shared_tokens
+from raykernel.ntk.pairs import (
+    CPU_TILE_BYTES,
+    add_upper,
+    direct,
+    factored,
+    formed,
+    mirrored,
+    tiles,
+    upper_share,
+)
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.terms import Kind
 
@@ -39,19 +49,6 @@ Block = Float[Tensor, "n c m c"]
 
 MAX_BYTES = 1 << 28
 """Default bound on the temporaries of a contraction."""
-
-_CPU_TILE_BYTES = 1 << 24
-"""Small enough to be read back from cache, large enough for products that are not thin."""
-
-_CPU_TABLE_BYTES = 1 << 19
-"""The same for the factored way, which passes over its table three times."""
-
-_UPPER_SHARE = 5 / 8
-"""Share of a symmetric product's operations in strips above the diagonal, see `_add_upper`."""
-
-_STRIP_ROWS = 16
-"""Rows below which a matrix product is too thin to be fast."""
-
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -96,7 +93,7 @@ def method(
     """
     n, m, p = num_rows, num_cols, d_in * d_out
     formed = n * t if symmetric else n * t + m * u
-    flops = 2.0 * c * p * formed + 2.0 * n * m * c * c * p * (_UPPER_SHARE if symmetric else 1)
+    flops = 2.0 * c * p * formed + 2.0 * n * m * c * c * p * (upper_share(n * c) if symmetric else 1)
     direct = flops, 2 * 4.0 * (n if symmetric else n + m) * c * p
     pairs = 1.0 * n * t * m * u / (2 if symmetric else 1)
     factored = 2 * pairs * (d_in + c * c * (d_out + 1)), 3 * 4 * pairs * c * c
@@ -209,13 +206,18 @@ def grams(
     blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
     for group in wanted:
         for kind, block in _group_blocks(rows, cols, group, kinds, limits).items():
-            if not bool(block.isfinite().all()):
+            if not _is_finite(block):
                 raise NonFiniteError(
                     f"{group}: its kernel block overflows {block.dtype}, expected finite values. "
                     "Use kernel.precision=float64."
                 )
             blocks[kind][group] = block
     return blocks
+
+
+def _is_finite(block: Block) -> bool:
+    # One pass over the block; a sum of finite entries may overflow, a finite sum has no other.
+    return bool(block.sum().isfinite()) or bool(block.isfinite().all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,11 +249,13 @@ def _group_blocks(
         complete.update({name} if Kind.sgd in own else ())
     if Kind.sgd in kinds:
         sides = rows.crosses.get(group, (group, group))
-        for of_rows, of_cols in dict.fromkeys((sides, sides[::-1])):
+        mirror = rows is cols and sides[0] != sides[1]
+        for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
             for name, parts in rows.parts[of_rows].items():
                 for part in () if name in complete else parts:
                     for other in cols.parts[of_cols].get(name, ()):
-                        total[Kind.sgd] += _contract(part, other, limits)
+                        block = _contract(part, other, limits)
+                        total[Kind.sgd] += block + block.mT if mirror else block
     return {kind: block.view(n, c, m, c) for kind, block in total.items()}
 
 
@@ -279,11 +283,8 @@ def _contract(left: Part, right: Part, limits: _Limits) -> Float[Tensor, "nc mc"
         d_in, symmetric = left.inputs.shape[-1], left is right
         sizes = {"c": c, "t": t, "u": u, "d_in": d_in, "d_out": d_out}
         way = method(n, m, **sizes, rates=limits.rates, symmetric=symmetric)
-        if way.name == "factored":
-            return factored(left, right, max_bytes=max_bytes)
-        turned = _by_longer_side(left)
-        same = turned if left is right else _by_longer_side(right)
-        return direct(turned, same, max_bytes=max_bytes)
+        contract = factored if way.name == "factored" else formed
+        return contract(left, right, max_bytes=max_bytes)
     # On a GPU the sums by token would be atomic, in any order.
     if isinstance(left, Lookup) and isinstance(right, Lookup) and not left.ids.is_cuda:
         sparse, dense = shared_tokens(left, right)
@@ -297,46 +298,6 @@ def _same_matrix(left: Product, right: Product) -> bool:
     if left.rows is None or right.rows is None:
         return left.rows is right.rows
     return torch.equal(left.rows, right.rows)
-
-
-def _by_longer_side(part: Product) -> Product:
-    """The gradient or its transpose, whichever has more rows and so the larger tiles."""
-    # ⟨G, G'⟩ = ⟨Gᵀ, G'ᵀ⟩, and a tile of few long rows makes thin products: half the speed where a
-    # layer has thrice as many inputs as outputs.
-    if part.rows is None and part.num_rows < part.width:
-        return replace(part, transposed=not part.transposed)
-    return part
-
-
-def direct(
-    left: Part, right: Part, *, max_bytes: int, only: Int[Tensor, " s"] | None = None
-) -> Float[Tensor, "nc mc"]:
-    """Block of two parts of one parameter, its gradient formed tile by tile.
-
-    Args:
-        left: rows of the block.
-        right: columns of the block.
-        max_bytes: bound on a tile of both.
-        only: ascending rows of the parameter that count; None: all.
-
-    Returns:
-        The block, examples and outputs flattened.
-    """
-    width = max(left.width, 1)
-    num_gradients = sum(part.gradients.shape[:2].numel() for part in (left, right))
-    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
-    size = max(1, tile_bytes // (4 * num_gradients * width))
-    shape = [part.gradients.shape[:2].numel() for part in (left, right)]
-    common = torch.promote_types(left.gradients.dtype, right.gradients.dtype)
-    total = left.gradients.new_zeros(shape, dtype=accumulator(common))
-    for tile in _tiles([left], [right], size) if only is None else _pieces(only, size):
-        own = left.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
-        if left is right:
-            _add_upper(total, own)
-        else:
-            other = right.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
-            total.addmm_(own, other.mT)
-    return _mirrored(total) if left is right else total
 
 
 def signed(
@@ -363,27 +324,27 @@ def signed(
     shape = [side[0].gradients.shape[:2].numel() for side in (left, right)]
     width = max(left[0].width, 1)
     dtype = torch.promote_types(left[0].gradients.dtype, right[0].gradients.dtype)
-    tile_bytes = max_bytes if left[0].gradients.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
+    tile_bytes = max_bytes if left[0].gradients.is_cuda else min(max_bytes, CPU_TILE_BYTES)
     # Gradients and signs of both sides, and what takes the sign.
     size = max(1, tile_bytes // (4 * 3 * sum(shape) * width))
     # A tile's sum of signs is below 2^24, so exact in float32; the sum over tiles needs more.
     total = {kind: left[0].gradients.new_zeros(shape, dtype=torch.float64) for kind in kinds}
     thresholds = [signs.threshold(side, dead_zone) for side in (left, right)]
-    for tile in _tiles(left, right, size):
+    for tile in tiles(left, right, size):
         own = _tile_of(left, tile, thresholds[0], dtype)
         other = own if symmetric else _tile_of(right, tile, thresholds[1], dtype)
         for kind in kinds:
             rows, cols = own[SIDES[kind][0]], other[SIDES[kind][1]]
             if rows is cols:
                 piece = rows.new_zeros(shape)
-                _add_upper(piece, rows)
+                add_upper(piece, rows)
             else:
                 piece = rows @ cols.mT
             total[kind] += piece
     result = {}
     for kind, block in total.items():
-        mirrored = symmetric and SIDES[kind][0] == SIDES[kind][1]
-        result[kind] = (_mirrored(block) if mirrored else block).to(accumulator(dtype))
+        upper = symmetric and SIDES[kind][0] == SIDES[kind][1]
+        result[kind] = (mirrored(block) if upper else block).to(accumulator(dtype))
     return result
 
 
@@ -404,75 +365,3 @@ def _tile_of(
 ) -> dict[str, Float[Tensor, "nc p"]]:
     gradient = summed_rows(parts, tile).flatten(2).flatten(0, 1).to(accumulator(dtype))
     return {"gradient": gradient, "sign": signs.signs(gradient, threshold)}
-
-
-def _add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
-    """Add rows·rowsᵀ above the diagonal and on it, in strips: 5/8 of the operations for four."""
-    size = max(_STRIP_ROWS, -(-len(rows) // 4))
-    for start in range(0, len(rows), size):
-        total[start : start + size, start:].addmm_(rows[start : start + size], rows[start:].mT)
-
-
-def _mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
-    return total.triu() + total.triu(1).mT
-
-
-def _tiles(
-    left: Sequence[Part], right: Sequence[Part], size: int
-) -> Iterator[Int[Tensor, " s"] | slice]:
-    """Rows of the parameter that both sides touch, in pieces."""
-    touched = [rows for side in (left, right) if (rows := _support(side)) is not None]
-    if len(touched) == 2:
-        touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
-    if touched:
-        yield from _pieces(touched[0], size)
-        return
-    num_rows = next(p.num_rows for p in left if not isinstance(p, Lookup) and p.support() is None)
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
-
-
-def _pieces(rows: Int[Tensor, " s"], size: int) -> Iterator[Int[Tensor, " s"]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _support(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
-    """Ascending rows of the parameter that any of the parts touches; None: all of them."""
-    supports = [part.support() for part in parts]
-    known = [rows for rows in supports if rows is not None]
-    if len(known) < len(supports):
-        return None
-    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))
-
-
-def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
-    """Block of two products of one matrix, from token-by-token inner products.
-
-    Args:
-        left: rows of the block.
-        right: columns of the block.
-        max_bytes: bound on the table of inner products.
-
-    Returns:
-        The block, examples and outputs flattened.
-    """
-    n, c, t, _ = left.gradients.shape
-    m, _, u, _ = right.gradients.shape
-    dtype = accumulator(left.gradients.dtype)
-    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TABLE_BYTES)
-    each = 4 * c * c * t * u
-    num_right = max(1, min(m, tile_bytes // each))
-    num_left = max(1, min(n, tile_bytes // (each * num_right)))
-    total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
-    symmetric = left is right
-    for i in range(0, n, num_left):
-        a = left.inputs[i : i + num_left].to(dtype).flatten(0, 1)
-        b = left.gradients[i : i + num_left].to(dtype).flatten(0, 2)
-        for j in range(i if symmetric else 0, m, num_right):
-            a2 = right.inputs[j : j + num_right].to(dtype).flatten(0, 1)
-            b2 = right.gradients[j : j + num_right].to(dtype).flatten(0, 2)
-            inputs = (a @ a2.mT).view(-1, 1, t, a2.shape[0] // u, 1, u)
-            table = (b @ b2.mT).view(-1, c, t, a2.shape[0] // u, c, u)
-            total[i : i + num_left, :, j : j + num_right] = table.mul_(inputs).sum((2, 5))
-    block = total.view(n * c, m * c)
-    return _mirrored(block) if symmetric else block

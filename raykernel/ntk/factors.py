@@ -30,6 +30,7 @@ class Product:
 
     inputs: Float[Tensor, "n t i"]
     gradients: Float[Tensor, "n c t o"]
+    """In memory by (n, t, c, o), so that an example is one product for all outputs."""
     rows: Int[Tensor, " o"] | None
     """Ascending rows of W that the outputs are; None: all. Never with `transposed`."""
     transposed: bool
@@ -55,7 +56,9 @@ class Product:
             rows = torch.searchsorted(self.rows, rows)
         if self.transposed:
             return _raised(self.inputs[..., rows]).mT.unsqueeze(1).matmul(_raised(self.gradients))
-        return _raised(self.gradients[..., rows]).mT.matmul(_raised(self.inputs).unsqueeze(1))
+        by_token = _raised(_by_token(self)[..., rows])
+        block = by_token.flatten(2).mT.bmm(_raised(self.inputs))
+        return block.unflatten(1, by_token.shape[2:])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -247,8 +250,8 @@ def compress(part: Part) -> tuple[Part, bool]:
         return part, bool(part.gradients.isfinite().all())
     if not part.gradients.numel():
         return part, True
-    b = part.gradients
-    peak = torch.maximum(b.amax(dim=(1, 3)), -b.amin(dim=(1, 3)))
+    by_token = _by_token(part).flatten(2)
+    peak = torch.maximum(by_token.amax(2), -by_token.amin(2))
     num_alive = int((peak != 0).sum(1).max())
     finite = bool(peak.isfinite().all())
     t = peak.shape[1]
@@ -265,9 +268,8 @@ def _take_tokens(part: Product | Lookup, order: Int[Tensor, "n t"]) -> Product |
     # Whole rows by one flat index; take_along_dim would index every element, which took a quarter
     # of a capture at t = 128.
     flat = order + t * torch.arange(n, device=order.device).unsqueeze(1)
-    first = c * torch.arange(n, device=order.device)[:, None, None]
-    by_output = order.unsqueeze(1) + t * (first + torch.arange(c, device=order.device)[:, None])
-    gradients = _rows_at(part.gradients, by_output)
+    by_token = part.gradients.transpose(1, 2).flatten(2)
+    gradients = _rows_at(by_token, flat).unflatten(2, (c, -1)).transpose(1, 2)
     if isinstance(part, Lookup):
         return replace(part, ids=part.ids.gather(1, order), gradients=gradients)
     return replace(part, inputs=_rows_at(part.inputs, flat), gradients=gradients)
@@ -284,7 +286,7 @@ def _drop_columns(part: Product) -> Product:
     rows = (part.gradients != 0).flatten(0, 2).any(0).nonzero().squeeze(1)
     if len(rows) > part.gradients.shape[-1] // 2:
         return part
-    return replace(part, gradients=part.gradients[..., rows].contiguous(), rows=rows)
+    return replace(part, gradients=_by_token(part)[..., rows].transpose(1, 2), rows=rows)
 
 
 def join_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -310,7 +312,8 @@ def join_calls(parts: Sequence[Part]) -> tuple[Part, ...]:
     ]
     if lookups:
         ids = torch.cat([p.ids for p in lookups], dim=1)
-        joined.append(Lookup(ids, torch.cat([p.gradients for p in lookups], dim=2)))
+        gradients = torch.cat([_by_token(p) for p in lookups], dim=1).transpose(1, 2)
+        joined.append(Lookup(ids, gradients))
     if rows:
         joined.append(_add_rows(rows))
     return tuple(joined)
@@ -382,7 +385,7 @@ def _cat_examples(parts: Sequence[Part]) -> Part:
     t = max(part.ids.shape[1] for part in lookups)
     return Lookup(
         torch.cat([_pad(part.ids, t, dim=1) for part in lookups]),
-        torch.cat([_pad(part.gradients, t, dim=2) for part in lookups]),
+        torch.cat([_pad(_by_token(part), t, dim=1) for part in lookups]).transpose(1, 2),
     )
 
 
@@ -390,12 +393,17 @@ def _cat_products(parts: Sequence[Product], *, along_tokens: bool) -> Product:
     parts = _on_same_rows(parts)
     if along_tokens:
         inputs = torch.cat([p.inputs for p in parts], dim=1)
-        gradients = torch.cat([p.gradients for p in parts], dim=2)
+        gradients = torch.cat([_by_token(p) for p in parts], dim=1)
     else:
         t = max(p.inputs.shape[1] for p in parts)
         inputs = torch.cat([_pad(p.inputs, t, dim=1) for p in parts])
-        gradients = torch.cat([_pad(p.gradients, t, dim=2) for p in parts])
-    return replace(parts[0], inputs=inputs, gradients=gradients)
+        gradients = torch.cat([_pad(_by_token(p), t, dim=1) for p in parts])
+    return replace(parts[0], inputs=inputs, gradients=gradients.transpose(1, 2))
+
+
+def _by_token(part: Product | Lookup) -> Float[Tensor, "n t c w"]:
+    """Gradients as they lie in memory."""
+    return part.gradients.transpose(1, 2)
 
 
 def _on_same_rows(parts: Sequence[Product]) -> Sequence[Product]:

@@ -293,7 +293,9 @@ def _build(
     for use, tensors in zip(uses, saved, strict=True):
         rest = shape[use.lead :]
         if use.lead not in by_token:
-            by_token[use.lead] = torch.stack([g.reshape(n, -1, *rest) for g in gradients], dim=1)
+            # In memory as (n, t, c, ...): an example's gradient of all outputs is one product.
+            stacked = torch.stack([g.reshape(n, -1, *rest) for g in gradients], dim=2)
+            by_token[use.lead] = stacked.transpose(1, 2)
         cut = [_by_example(tensor, use.lead, n, shared=shared) for tensor in tensors]
         parts[use.source.name] = use.build(cut, by_token[use.lead])
     return parts

@@ -1,0 +1,225 @@
+"""Block of two parts of one parameter: ⟨G, G'⟩ for every pair of their examples and outputs.
+
+    direct     G by tiles of the parameter, then one matrix product per tile
+    formed     the same where both parts are products of one matrix: G = Σ_t b_t ⊗ a_t
+    factored   Σ_tu (A A'ᵀ)[t, u] · (B B'ᵀ)[t, u], which never forms G
+
+Letters: n, m examples, c outputs, t, u tokens, i inputs and o outputs of a layer, p coordinates of
+a tile. A block of a part with itself is symmetric; only its upper triangle is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from raykernel.ntk.factors import Part, Product, accumulator
+
+CPU_TILE_BYTES = 1 << 22
+"""Tiles small enough to be read back from cache, large enough for products that are not thin."""
+
+_CPU_TABLE_BYTES = 1 << 19
+"""The same for the factored way, which passes over its table three times."""
+
+_STRIP_ROWS = 16
+"""Rows below which a matrix product is too thin to be fast."""
+
+_WIDE_STRIP_ROWS = 128
+"""Rows from which a strip is as fast as any."""
+
+_SMALL = 1 << 22
+"""Multiplications that are over before a second call has begun."""
+
+
+def direct(
+    left: Part, right: Part, *, max_bytes: int, only: Int[Tensor, " s"] | None = None
+) -> Float[Tensor, "nc mc"]:
+    """Block of two parts of any kind, the gradient formed tile by tile.
+
+    Args:
+        left: rows of the block.
+        right: columns of the block; `left` itself for the symmetric block.
+        max_bytes: bound on a tile of both.
+        only: ascending rows of the parameter that count; None: all.
+
+    Returns:
+        The block, examples and outputs flattened.
+    """
+    shape, dtype, size = _tiling(left, right, max(left.width, 1), max_bytes)
+    total = left.gradients.new_zeros(shape, dtype=dtype)
+    for tile in tiles([left], [right], size) if only is None else pieces(only, size):
+        own = left.row_block(tile).flatten(2).flatten(0, 1).to(dtype)
+        if left is right:
+            add_upper(total, own)
+        else:
+            other = right.row_block(tile).flatten(2).flatten(0, 1).to(dtype)
+            total.addmm_(own, other.mT)
+    return mirrored(total) if left is right else total
+
+
+def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
+    """Block of two products of one matrix, the gradient formed tile by tile in one buffer.
+
+    A tile takes some rows of the longer of the matrix's sides and all of the other: the product
+    that forms it is thin if any of its sides is, and so is the next one.
+
+    Args:
+        left: rows of the block.
+        right: columns of the block; `left` itself for the symmetric block.
+        max_bytes: bound on a tile of both.
+
+    Returns:
+        The block, examples and outputs flattened.
+    """
+    num_inputs, num_outputs = left.inputs.shape[-1], left.gradients.shape[-1]
+    of_inputs = num_inputs > num_outputs
+    longer, width = max(num_inputs, num_outputs), min(num_inputs, num_outputs)
+    shape, dtype, size = _tiling(left, right, max(width, 1), max_bytes)
+    size = min(size, max(longer, 1))
+    # One buffer for all tiles: fresh memory costs a page fault for every 4 KiB, which takes longer
+    # than the product that fills it.
+    buffers = [left.gradients.new_empty(rows * size * width, dtype=dtype) for rows in shape]
+    total = left.gradients.new_zeros(shape, dtype=dtype)
+    for start in range(0, longer, size):
+        tile = slice(start, start + size)
+        own = _form(left, tile, of_inputs, buffers[0])
+        if left is right:
+            add_upper(total, own)
+        else:
+            total.addmm_(own, _form(right, tile, of_inputs, buffers[1]).mT)
+    return mirrored(total) if left is right else total
+
+
+def _tiling(
+    left: Part, right: Part, width: int, max_bytes: int
+) -> tuple[list[int], torch.dtype, int]:
+    """Sides of the block, its type, and how many rows of this width make a tile."""
+    shape = [part.gradients.shape[:2].numel() for part in (left, right)]
+    dtype = accumulator(torch.promote_types(left.gradients.dtype, right.gradients.dtype))
+    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, CPU_TILE_BYTES)
+    num_gradients = shape[0] if left is right else sum(shape)
+    return shape, dtype, max(1, tile_bytes // (dtype.itemsize * max(num_gradients, 1) * width))
+
+
+def _form(
+    part: Product, tile: slice, of_inputs: bool, buffer: Float[Tensor, " q"]
+) -> Float[Tensor, "nc p"]:
+    """Gradient of a tile: per example one product for all outputs."""
+    a, b = part.inputs.to(buffer.dtype), part.gradients.to(buffer.dtype).transpose(1, 2)
+    a, b = (a[..., tile], b) if of_inputs else (a, b[..., tile])
+    n, t, c, o = b.shape
+    out = buffer[: n * c * o * a.shape[-1]].view(n, c * o, a.shape[-1])
+    torch.bmm(b.reshape(n, t, c * o).mT, a, out=out)
+    return out.view(n * c, -1)
+
+
+def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
+    """Block of two products of one matrix, from token-by-token inner products.
+
+    Args:
+        left: rows of the block.
+        right: columns of the block; `left` itself for the symmetric block.
+        max_bytes: bound on the table of inner products.
+
+    Returns:
+        The block, examples and outputs flattened.
+    """
+    n, c, t, _ = left.gradients.shape
+    m, _, u, _ = right.gradients.shape
+    dtype = accumulator(left.gradients.dtype)
+    symmetric = left is right
+    sides = [
+        (part.inputs.to(dtype), part.gradients.to(dtype).contiguous())
+        for part in ((left,) if symmetric else (left, right))
+    ]
+    (a, b), (a2, b2) = sides[0], sides[-1]
+    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TABLE_BYTES)
+    pairs = max(1, tile_bytes // max(1, 4 * c * c * t * u))
+    # A square table: a flat one would be a thin product, and read the other side once per row. A
+    # symmetric block leaves out what lies below its diagonal tiles, so that they should be small.
+    num_left = max(1, min(round(pairs**0.5), -(-n // 8) if symmetric else n))
+    num_right = min(m, max(1, pairs // num_left))
+    total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
+    for i in range(0, n, num_left):
+        rows = slice(i, i + num_left)
+        for j in range(i if symmetric else 0, m, num_right):
+            cols = slice(j, j + num_right)
+            inputs = a[rows].flatten(0, 1) @ a2[cols].flatten(0, 1).mT
+            table = b[rows].flatten(0, 2) @ b2[cols].flatten(0, 2).mT
+            table = table.view(-1, c, t, len(a2[cols]), c, u)
+            table.mul_(inputs.view(-1, 1, t, len(a2[cols]), 1, u))
+            total[rows, :, cols] = table.sum((2, 5))
+    block = total.view(n * c, m * c)
+    return mirrored(block) if symmetric else block
+
+
+def add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
+    """Add rows·rowsᵀ on the diagonal and above it.
+
+    In strips that begin at the diagonal: k of them cost (k + 1) / 2k of the operations, five
+    eighths for four and less for more rows. What lies below the diagonal has no meaning.
+
+    Args:
+        total: the sum.
+        rows: of a tile.
+    """
+    num_rows = len(rows)
+    if num_rows * rows.numel() < _SMALL:
+        total.addmm_(rows, rows.mT)
+        return
+    size = max(_STRIP_ROWS, min(-(-num_rows // 4), _WIDE_STRIP_ROWS))
+    for start in range(0, num_rows, size):
+        total[start : start + size, start:].addmm_(rows[start : start + size], rows[start:].mT)
+
+
+def upper_share(num_rows: int) -> float:
+    """Share of a square product's operations that `add_upper` takes."""
+    size = max(_STRIP_ROWS, min(-(-num_rows // 4), _WIDE_STRIP_ROWS))
+    strips = max(num_rows / size, 1.0)
+    return (strips + 1) / (2 * strips)
+
+
+def mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+    """The symmetric matrix whose upper triangle this is."""
+    return total.triu() + total.triu(1).mT
+
+
+def tiles(
+    left: Sequence[Part], right: Sequence[Part], size: int
+) -> Iterator[Int[Tensor, " s"] | slice]:
+    """Rows of a parameter that both sides touch, in pieces.
+
+    Args:
+        left: uses of the parameter by one side.
+        right: uses of it by the other.
+        size: rows of a piece.
+
+    Yields:
+        Ascending rows.
+    """
+    touched = [rows for side in (left, right) if (rows := _support(side)) is not None]
+    if len(touched) == 2:
+        touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
+    if touched:
+        yield from pieces(touched[0], size)
+        return
+    num_rows = next(getattr(p, "num_rows", 0) for p in left if p.support() is None)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def pieces(rows: Int[Tensor, " s"], size: int) -> Iterator[Int[Tensor, " s"]]:
+    """Consecutive pieces of `size` rows, the last of which may be smaller."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _support(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
+    """Ascending rows of the parameter that any of the parts touches; None: all of them."""
+    supports = [part.support() for part in parts]
+    known = [rows for rows in supports if rows is not None]
+    if len(known) < len(supports):
+        return None
+    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))
