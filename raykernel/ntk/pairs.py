@@ -19,7 +19,10 @@ from torch import Tensor
 from raykernel.ntk.factors import Part, Product, accumulator
 
 CPU_TILE_BYTES = 1 << 22
-"""Tiles small enough to be read back from cache, large enough for products that are not thin."""
+"""Tiles small enough to be read back from cache."""
+
+_CPU_TILE_ROWS, _CPU_LARGEST_TILE = 32, 1 << 24
+"""Rows from which the products of a tile are not thin, and how much larger it may become for it."""
 
 _CPU_TABLE_BYTES = 1 << 19
 """The same for the factored way, which passes over its table three times."""
@@ -99,9 +102,12 @@ def _tiling(
     """Sides of the block, its type, and how many rows of this width make a tile."""
     shape = [part.gradients.shape[:2].numel() for part in (left, right)]
     dtype = accumulator(torch.promote_types(left.gradients.dtype, right.gradients.dtype))
-    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, CPU_TILE_BYTES)
-    num_gradients = shape[0] if left is right else sum(shape)
-    return shape, dtype, max(1, tile_bytes // (dtype.itemsize * max(num_gradients, 1) * width))
+    row_bytes = dtype.itemsize * max(shape[0] if left is right else sum(shape), 1) * width
+    tile_bytes = max_bytes
+    if not left.gradients.is_cuda:
+        wanted = max(CPU_TILE_BYTES, min(_CPU_TILE_ROWS * row_bytes, _CPU_LARGEST_TILE))
+        tile_bytes = min(max_bytes, wanted)
+    return shape, dtype, max(1, tile_bytes // row_bytes)
 
 
 def _form(
