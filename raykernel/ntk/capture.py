@@ -9,7 +9,7 @@ example, which is theirs. Either way the result is exact; only the cost differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -319,11 +319,12 @@ class Tracer:
 
     def _differentiate(self, recording: Recording, batch: Batch) -> Capture | None:
         logits, calls = recording.logits, recording.calls
-        if not self._is_separated(recording):
-            return None
         unruled = self._unruled()
         tensors = [*(call.output for call in calls), *unruled.values()]
-        gradients = output_gradients(logits, tensors)
+        doubtful = self._doubtful(recording)
+        gradients = output_gradients(logits, tensors, keep=bool(doubtful))
+        if doubtful and not _is_separated(logits, calls, gradients, doubtful):
+            return None
         parts = self.parts_of(calls, gradients[: len(calls)], self._groups.members, batch)
         for name, of_parameter in zip(unruled, gradients[len(calls) :], strict=True):
             if of_parameter:
@@ -376,18 +377,12 @@ class Tracer:
     def _unruled(self) -> dict[str, nn.Parameter]:
         return {name: self._parameters[name] for name in sorted(self._through_model)}
 
-    def _is_separated(self, recording: Recording) -> bool:
-        logits = recording.logits
-        if len(logits) == 1 or not logits.requires_grad:
-            return True
+    def _doubtful(self, recording: Recording) -> set[int]:
+        """Calls whose examples may not be where their shape says."""
+        if len(recording.logits) == 1 or not recording.logits.requires_grad:
+            return set()
         known = _pattern(recording) in self._audited
-        doubtful = [call for call in recording.calls if call.ambiguous or not known]
-        if not doubtful:
-            return True
-        scales = audit.example_scales(logits)
-        plain = _backward(logits[:, 0].sum(), doubtful)
-        scaled = _backward((logits[:, 0] * scales).sum(), doubtful)
-        return audit.separated(plain, scaled, scales)
+        return {k for k, call in enumerate(recording.calls) if call.ambiguous or not known}
 
     def _wrong_parameters(self, capture: Capture, batch: Batch) -> set[str] | None:
         n = num_examples(batch)
@@ -435,20 +430,33 @@ def pattern_of(calls: Sequence[Call], n: int) -> object:
     return n > 1, tuple((call.groups, call.layout, len(call.shape)) for call in calls)
 
 
-def _backward(scalar: Tensor, calls: Sequence[Call], *, keep: bool = True) -> list[Tensor]:
-    outputs = [call.output for call in calls]
-    return list(torch.autograd.grad(scalar, outputs, retain_graph=keep, materialize_grads=True))
-
-
 Gradients = list[Tensor] | None
 """Gradient of every model output with respect to one tensor; None where none depends on it."""
 
 
-def output_gradients(logits: Float[Tensor, "n c"], tensors: Sequence[Tensor]) -> list[Gradients]:
+def _is_separated(
+    logits: Float[Tensor, "n c"],
+    calls: Sequence[Call],
+    gradients: Sequence[Gradients],
+    doubtful: Collection[int],
+) -> bool:
+    """Whether these calls' gradients of the first output are apart, by one backward pass more."""
+    scales = audit.example_scales(logits)
+    own = {k: of_call[0] for k in doubtful if (of_call := gradients[k]) is not None}
+    scaled = torch.autograd.grad(
+        (logits[:, 0] * scales).sum(), [calls[k].output for k in own], materialize_grads=True
+    )
+    return audit.separated(list(own.values()), scaled, scales)
+
+
+def output_gradients(
+    logits: Float[Tensor, "n c"], tensors: Sequence[Tensor], *, keep: bool = False
+) -> list[Gradients]:
     """Gradient of every output, summed over the examples, by tensor."""
     if not logits.requires_grad:
         return [None] * len(tensors)
-    return gradients_of([logits[:, a].sum() for a in range(logits.shape[1])], tensors)
+    outputs = [logits[:, a].sum() for a in range(logits.shape[1])]
+    return gradients_of(outputs, tensors, keep=keep)
 
 
 def gradients_of(
