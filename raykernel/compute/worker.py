@@ -270,7 +270,8 @@ class Worker:
         if rows == cols:
             yield from ((capture, capture) for capture in self._column(cols))
         else:
-            yield from zip(self._column(rows, keep=False), self._column(cols), strict=True)
+            kept_rows = self._column(rows, keep=self._keeps_all)
+            yield from zip(kept_rows, self._column(cols), strict=True)
 
     def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, str, np.ndarray]]:
         kernel = self._spec.kernel
@@ -290,7 +291,7 @@ class Worker:
                 yield kind.value, group, block.cpu().numpy()
 
     def _column(self, examples: range, *, keep: bool = True) -> Iterable[Capture]:
-        """Segments of a chunk; of a column chunk kept for the next cells if memory allows."""
+        """Segments of a chunk; kept for the next cells if wanted and memory allows."""
         if examples in self._columns:
             self._columns.move_to_end(examples)
             return self._columns[examples]
@@ -376,6 +377,13 @@ class Worker:
             block_size=block_size,
             num_outputs=self._spec.num_labels,
         )
+
+    @property
+    def _keeps_all(self) -> bool:
+        """Whether every chunk of the kernel has room: then rows are captured once, too."""
+        sizes, blocks = self._sizes, self._handle.grid.row_blocks()
+        chunks = sum(-(-len(block) // sizes.rows) for block in blocks)
+        return sizes.rows == sizes.cols and chunks <= sizes.resident
 
     def _is_stored(self, cell: Cell) -> bool:
         return _can_read(lambda: self._handle.read_block(cell)) and _can_read(
