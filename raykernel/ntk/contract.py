@@ -459,6 +459,8 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     n, c, t, _ = left.gradients.shape
     m, _, u, _ = right.gradients.shape
     dtype = accumulator(left.gradients.dtype)
+    if not t * u:  # a layer that ran on no token, such as an expert that none chose
+        return left.gradients.new_zeros((n * c, m * c), dtype=dtype)
     tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TABLE_BYTES)
     each = 4 * c * c * t * u
     num_right = max(1, min(m, tile_bytes // each))

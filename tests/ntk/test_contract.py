@@ -94,6 +94,19 @@ def test_factored_equals_direct(kind, n, m, t, u, max_bytes):
     assert torch.allclose(one, direct(own, other, max_bytes=max_bytes), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["lookup", "product", "turned", "some_rows"])
+@pytest.mark.parametrize(("t", "u"), [(0, 0), (0, 2), (2, 0)])
+def test_a_layer_that_ran_on_no_token_has_a_zero_kernel(kind, t, u):
+    """An expert that no token of a batch chose."""
+    left, right = (
+        Capture(torch.zeros(n, C), {"expert": {"weight": (make_part(kind, n, length, 0),)}}, {})
+        for n, length in ((2, t), (3, u))
+    )
+    block = gram(left, right)["expert"]
+    assert block.shape == (2, C, 3, C)
+    assert not block.any()
+
+
 @settings(max_examples=20, deadline=None)
 @given(n=sizes, t=sizes, rows=st.sets(st.integers(0, VOCAB - 1), min_size=1))
 def test_both_ways_to_sum_by_token_agree(n, t, rows):
