@@ -283,7 +283,7 @@ WAYS = {
         lambda: nn.Sequential(
             nn.TransformerEncoderLayer(D, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(T * D, C)
         ),
-        DOUBLE,
+        FORWARD,
     ),
     "backward_only": (through(Plain), DOUBLE),
     "backward_once": (through(Once), WHOLE + WHOLE + ONE + ONE * N),
@@ -359,6 +359,28 @@ def test_a_batch_that_the_first_way_cannot_do_is_done_in_another():
     _, change = tangents(model, readout, pieces(batch, 2, 1), direction)
     expected = product(oracles.jacobian(model, readout, batch), direction)
     assert oracles.relative_error(change, expected) < 1e-10
+
+
+@pytest.mark.parametrize("padding_idx", [3, -6])
+def test_an_embeddings_padding_row_does_not_vary(padding_idx):
+    """Also where only the first example reads it, and where the matrix is the head's, too."""
+    torch.manual_seed(0)
+    embed = nn.Embedding(9, D, padding_idx=padding_idx)
+    model = Module(
+        lambda m, x: F.linear(m.embed(x).mean(1), m.embed.weight)[:, [3, 5]], embed=embed
+    ).double()
+    batch = {"x": torch.tensor([[1, 3, 3, 7], [4, 1, 1, 1], [8, 0, 2, 5]])}
+    direction = random_direction(model)
+    sizes = []
+
+    def counting(m, batch):
+        sizes.append(len(batch["x"]))
+        return m(batch["x"])
+
+    _, change = tangent(model, counting, batch, direction)
+    expected = product(oracles.jacobian(model, readout, batch), direction)
+    assert oracles.relative_error(change, expected) < 1e-12
+    assert sizes == FORWARD
 
 
 def test_outputs_that_depend_on_nothing_do_not_change():
