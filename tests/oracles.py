@@ -47,6 +47,19 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("iap,jbp->iajb", left, right)
 
 
+def fold(jacobian: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """Σ_i,a α[i, a] G[i, a] by parameter."""
+    return {name: torch.einsum("iap,ia->p", own, weights) for name, own in jacobian.items()}
+
+
+def along(jacobian: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    """Σ_p G[i, a, p] w[p] over all parameters."""
+    return sum(
+        torch.einsum("iap,p->ia", own, direction[name].double().flatten())
+        for name, own in jacobian.items()
+    )
+
+
 def untie(model: nn.Module) -> nn.Module:
     """A copy in which every module owns its parameters, none shared: one gradient per use."""
     model = copy.deepcopy(model)
