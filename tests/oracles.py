@@ -25,9 +25,13 @@ def jacobian(model: nn.Module, readout: Readout, batch: Batch) -> dict[str, Tens
         example = {key: value[i : i + 1] for key, value in batch.items()}
         logits = readout(model, _double(example))[0]
         for logit in logits:
-            gradients = torch.autograd.grad(
-                logit, list(parameters.values()), retain_graph=True, materialize_grads=True
-            )
+            wanted = list(parameters.values())
+            if logit.requires_grad:
+                gradients = torch.autograd.grad(
+                    logit, wanted, retain_graph=True, materialize_grads=True
+                )
+            else:  # it depends on no selected parameter
+                gradients = [torch.zeros_like(parameter) for parameter in wanted]
             for name, gradient in zip(parameters, gradients, strict=True):
                 rows[name].append(gradient.flatten())
         c = len(logits)

@@ -347,9 +347,10 @@ def assert_change(problem, rows, direction, expected):
 
 def assert_same_vector(actual, expected):
     assert actual.keys() == expected.keys()
-    scale = torch.cat(list(expected.values())).norm()
-    for name, value in expected.items():
-        assert_close(actual[name].flatten(), value, scale)
+    actual, expected = (
+        torch.cat([own[name].flatten() for name in expected]) for own in (actual, expected)
+    )
+    assert_close(actual, expected, expected.norm())
 
 
 @ALWAYS
