@@ -37,6 +37,45 @@ class Case:
     batch: Batch
 
 
+class Module(nn.Module):
+    """A module whose forward is a function of it and its inputs."""
+
+    def __init__(self, forward: Callable[..., Tensor], **children: object) -> None:
+        super().__init__()
+        self._function = forward
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._function(self, *inputs)
+
+
+def readout(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own output for `x`."""
+    return model(batch["x"])
+
+
+def pieces(batch: Batch, *sizes: int) -> list[Batch]:
+    """The first so many examples of a batch, the next so many, and so on."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        {key: value[start : start + size] for key, value in batch.items()}
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def random_direction(model: nn.Module) -> Batch:
+    """A tensor of each selected parameter's shape and type, by name."""
+    selected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: normal(*p.shape, seed=i).to(p) for i, (name, p) in enumerate(selected.items())}
+
+
 def randomise_vectors(model: nn.Module, *, seed: int = 1) -> None:
     """Make biases and normalisation weights non-trivial."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,6 +222,14 @@ def transformer_case(name: str, *, seed: int = 0, batch: Batch | None = None) ->
         readout=masked_readout if masked else causal_readout,
         batch=token_batch() if batch is None else batch,
     )
+
+
+def partly_frozen_case(name: str, *varying: str) -> Case:
+    """The same, of which only the parameters vary that have one of these in their name."""
+    case = transformer_case(name)
+    for path, parameter in case.model.named_parameters():
+        parameter.requires_grad_(any(part in path for part in varying))
+    return case
 
 
 LORA_TARGETS = {

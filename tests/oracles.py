@@ -25,9 +25,13 @@ def jacobian(model: nn.Module, readout: Readout, batch: Batch) -> dict[str, Tens
         example = {key: value[i : i + 1] for key, value in batch.items()}
         logits = readout(model, _double(example))[0]
         for logit in logits:
-            gradients = torch.autograd.grad(
-                logit, list(parameters.values()), retain_graph=True, materialize_grads=True
-            )
+            wanted = list(parameters.values())
+            if logit.requires_grad:
+                gradients = torch.autograd.grad(
+                    logit, wanted, retain_graph=True, materialize_grads=True
+                )
+            else:  # it depends on no selected parameter
+                gradients = [torch.zeros_like(parameter) for parameter in wanted]
             for name, gradient in zip(parameters, gradients, strict=True):
                 rows[name].append(gradient.flatten())
         c = len(logits)
@@ -45,6 +49,19 @@ def kernel_by_parameter(
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """⟨G[i, a], G'[j, b]⟩ of (n, c, p) and (m, c, p)."""
     return torch.einsum("iap,jbp->iajb", left, right)
+
+
+def fold(jacobian: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """Σ_i,a α[i, a] G[i, a] by parameter."""
+    return {name: torch.einsum("iap,ia->p", own, weights) for name, own in jacobian.items()}
+
+
+def along(jacobian: dict[str, Tensor], direction: dict[str, Tensor]) -> Tensor:
+    """Σ_p G[i, a, p] w[p] over all parameters."""
+    return sum(
+        torch.einsum("iap,p->ia", own, direction[name].double().flatten())
+        for name, own in jacobian.items()
+    )
 
 
 def untie(model: nn.Module) -> nn.Module:

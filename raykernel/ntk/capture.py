@@ -9,10 +9,10 @@ example, which is theirs. Either way the result is exact; only the cost differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ from raykernel.ntk.factors import (
     one_example,
 )
 from raykernel.ntk.groups import ROOT, find_groups
+from raykernel.ntk.passes import check_logits, prepared, selected_parameters
 from raykernel.ntk.recorder import Call, Recorder, Recording, Watched
 
 Parts = dict[str, dict[str, tuple[Part, ...]]]
@@ -123,12 +124,7 @@ class Tracer:
         self._signs = signs
         self.model = model
         self.readout = readout
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if not self._parameters:
-            raise InputError(
-                "no parameter of the model has requires_grad, expected at least one. "
-                "Select those that vary, for example model.requires_grad_(True)."
-            )
+        self._parameters = selected_parameters(model)
         self._groups = find_groups(model)
         paths = [path or ROOT for path, _ in model.named_modules()]
         modules = dict(zip(paths, model.modules(), strict=True))
@@ -280,7 +276,7 @@ class Tracer:
             if recorder.modified():
                 continue
             self._clone = clone
-            self.check_logits(logits, batch)
+            check_logits(self.model, self.readout, batch, logits)
             return Recording(logits, tuple(recorder.calls), recorder.uncovered)
         return None
 
@@ -293,18 +289,6 @@ class Tracer:
             local=self._local,
             scaled=self._signs,
         )
-
-    def check_logits(self, logits: Any, batch: Batch) -> None:
-        """Refuse a readout that is not (n, c) (InputError) or not finite (NonFiniteError)."""
-        n = num_examples(batch)
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != n:
-            raise InputError(
-                f"readout returned {found} for {n} examples, expected a tensor ({n}, c). "
-                "Return one row of logits per example, such as logits[:, label_ids]."
-            )
-        if not bool(logits.isfinite().all()):
-            self.raise_non_finite(batch, None)
 
     def _demote(self, name: str, module: nn.Module | None) -> None:
         """Take a parameter from the rules to its module's gradient, or to the whole model's."""
@@ -402,23 +386,9 @@ class Tracer:
             )
         return wrong
 
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self) -> AbstractContextManager[None]:
         """Context of a pass: eval mode, and gradients only of parameters without a rule."""
-        training = {module: module.training for module in self.model.modules()}
-        wanted = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
-        try:
-            for module in training:
-                module.training = False
-            for name, parameter in self._parameters.items():
-                parameter.requires_grad_(name in self._through_model)
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            for parameter, flag in wanted.items():
-                parameter.requires_grad_(flag)
+        return prepared(self.model, self._unruled().values())
 
 
 def _pattern(recording: Recording) -> object:

@@ -50,6 +50,7 @@ Block = Float[Tensor, "n c m c"]
 MAX_BYTES = 1 << 28
 """Default bound on the temporaries of a contraction."""
 
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """How a product's kernel block is contracted, and what that costs."""
@@ -93,7 +94,9 @@ def method(
     """
     n, m, p = num_rows, num_cols, d_in * d_out
     formed = n * t if symmetric else n * t + m * u
-    flops = 2.0 * c * p * formed + 2.0 * n * m * c * c * p * (upper_share(n * c) if symmetric else 1)
+    flops = 2.0 * c * p * formed + 2.0 * n * m * c * c * p * (
+        upper_share(n * c) if symmetric else 1
+    )
     direct = flops, 2 * 4.0 * (n if symmetric else n + m) * c * p
     pairs = 1.0 * n * t * m * u / (2 if symmetric else 1)
     factored = 2 * pairs * (d_in + c * c * (d_out + 1)), 3 * 4 * pairs * c * c

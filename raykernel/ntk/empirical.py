@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from raykernel.errors import InputError, nearest
+from raykernel.names import compiled
 from raykernel.ntk.batches import check_batch
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import grams
@@ -90,23 +90,18 @@ def select_groups(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...
     """
     chosen: set[str] = set()
     for pattern in wanted:
-        found = [pattern] if pattern in names else _matching(names, pattern)
+        # An exact name wins: `layer.1` is not also `layer.10`.
+        found = (
+            [pattern]
+            if pattern in names
+            else list(filter(compiled("groups", pattern).search, names))
+        )
         if not found:
             raise InputError(
                 f"groups: {pattern!r} is no layer group and matches none, {nearest(pattern, names)}"
             )
         chosen.update(found)
     return tuple(name for name in names if name in chosen)
-
-
-def _matching(names: Sequence[str], pattern: str) -> list[str]:
-    try:
-        return [name for name in names if re.search(pattern, name)]
-    except re.error as error:
-        raise InputError(
-            f"groups: {pattern!r} is no regular expression ({error}), expected a layer group's "
-            "name or an expression. Escape brackets and dots, or give the name."
-        ) from error
 
 
 def _kind(kind: str | Kind) -> Kind:

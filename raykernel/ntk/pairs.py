@@ -136,6 +136,8 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     n, c, t, _ = left.gradients.shape
     m, _, u, _ = right.gradients.shape
     dtype = accumulator(left.gradients.dtype)
+    if not t * u:  # a layer that ran on no token, such as an expert that none chose
+        return left.gradients.new_zeros((n * c, m * c), dtype=dtype)
     symmetric = left is right
     sides = [
         (part.inputs.to(dtype), part.gradients.to(dtype).contiguous())
@@ -143,7 +145,7 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     ]
     (a, b), (a2, b2) = sides[0], sides[-1]
     tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TABLE_BYTES)
-    pairs = max(1, tile_bytes // max(1, 4 * c * c * t * u))
+    pairs = max(1, tile_bytes // (4 * c * c * t * u))
     # A square table: a flat one would be a thin product, and read the other side once per row. A
     # symmetric block leaves out what lies below its diagonal tiles, so that they should be small.
     num_left = max(1, min(round(pairs**0.5), -(-n // 8) if symmetric else n))

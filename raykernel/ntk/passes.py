@@ -83,6 +83,23 @@ def checked_logits(model: nn.Module, readout: Readout, batch: Batch) -> Float[Te
         NonFiniteError: if it is NaN or infinite.
     """
     logits = readout(model, batch)
+    check_logits(model, readout, batch, logits)
+    return logits
+
+
+def check_logits(model: nn.Module, readout: Readout, batch: Batch, logits: Any) -> None:
+    """Refuse logits of another shape than (n, c), or with values that are not finite.
+
+    Args:
+        model: the network.
+        readout: what returned them.
+        batch: the examples.
+        logits: to be checked.
+
+    Raises:
+        InputError: if they are not (n, c).
+        NonFiniteError: if they are NaN or infinite.
+    """
     n = num_examples(batch)
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != n:
@@ -92,7 +109,6 @@ def checked_logits(model: nn.Module, readout: Readout, batch: Batch) -> Float[Te
         )
     if not bool(logits.isfinite().all()):
         audit.raise_non_finite(model, readout, batch, gradient_of=None)
-    return logits
 
 
 def apart(model: nn.Module, readout: Readout, batch: Batch) -> bool:

@@ -14,12 +14,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import audit
@@ -185,12 +188,33 @@ class _Network(nn.Module):
         return checked_logits(self.model, self._readout, batch)
 
 
+class _PaddingFixed(TorchFunctionMode):
+    """Forward mode as a gradient has it: an embedding's `padding_idx` row does not vary."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        out = func(*args, **options)
+        if func is not F.embedding:
+            return out
+        named = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | options
+        if named.get("padding_idx") is None:
+            return out
+        padding = named["input"] == named["padding_idx"] % len(named["weight"])
+        return torch.where(padding.unsqueeze(-1), out.detach(), out)
+
+
 _make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
 _unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
 
 
 def _forward_mode(task: _Task, batch: Batch) -> _Product | None:
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), _PaddingFixed():
         network = _Network(task.model, task.readout)
         out: Tensor = torch.func.functional_call(network, _duals(task), (batch,))
         # No dual needs a gradient. If the logits do, a parameter came from elsewhere than its

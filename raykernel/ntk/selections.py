@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from torch import nn
 
 from raykernel.errors import InputError, nearest
+from raykernel.names import compiled, ends_in, last_parts
 from raykernel.ntk.capture import Capture, Parts
 from raykernel.ntk.groups import ROOT
 
@@ -28,31 +29,17 @@ def target_groups(groups: Iterable[str], targets: str | Collection[str]) -> tupl
     """
     names = tuple(groups)
     if isinstance(targets, str):
-        chosen = set(_fully_matching(names, targets))
+        chosen = set(filter(compiled("targets", targets).fullmatch, names))
         missing = [] if chosen else [targets]
     else:
-        found = {target: [name for name in names if _ends(name, target)] for target in targets}
+        found = {target: [name for name in names if ends_in(name, target)] for target in targets}
         missing = [target for target, own in found.items() if not own]
         chosen = {name for own in found.values() for name in own}
     if missing or not chosen:
         wrong = missing[0] if missing else ""
-        endings = {name.rsplit(".", 1)[-1] for name in names} | set(names)
-        raise InputError(f"targets: {wrong!r} fits no layer group, {nearest(wrong, endings)}")
+        known = last_parts(names) | set(names)
+        raise InputError(f"targets: {wrong!r} fits no layer group, {nearest(wrong, known)}")
     return tuple(name for name in names if name in chosen)
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _fully_matching(names: Iterable[str], pattern: str) -> list[str]:
-    try:
-        return [name for name in names if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise InputError(
-            f"targets: {pattern!r} is no regular expression ({error}), expected one that matches "
-            "whole names of layer groups. Escape brackets, or give a list of names."
-        ) from error
 
 
 def only(capture: Capture, keep: Callable[[str, str], bool]) -> Capture:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from raykernel.ntk.batches import Batch, check_batch
 from raykernel.ntk.capture import Capture, Gradients, Parts, Tracer, gradients_of, pattern_of
 from raykernel.ntk.contract import gram
+from raykernel.ntk.passes import check_logits
 from raykernel.ntk.recorder import Call, Recorder
 
 _TOLERANCE, _NOISE = 4e-6, 1e-4
@@ -160,7 +161,7 @@ class Streamer:
             logits = self._tracer.readout(self._tracer.model, batch)
         if recorder.modified() or recorder.uncovered or visit.leaf is None:
             raise NotAChainError
-        self._tracer.check_logits(logits, batch)
+        check_logits(self._tracer.model, self._tracer.readout, batch, logits)
         self._first = visit.first
         outputs = [logits[:, a].sum() for a in range(logits.shape[1])]
         *own, upstream = gradients_of(

@@ -6,7 +6,6 @@ layers, and module names or their last parts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raykernel.config import ParametersConfig
 from raykernel.errors import InputError, nearest
+from raykernel.names import compiled, ends_in, last_parts
 from raykernel.problem.readout import LabelRows
 from raykernel.terms import Method
 
@@ -190,10 +190,9 @@ def _target_paths(module: nn.Module, targets: list[str]) -> list[str]:
     paths = [path for path, _ in module.named_modules() if path]
     chosen = []
     for target in targets:
-        found = [path for path in paths if path == target or path.endswith(f".{target}")]
+        found = [path for path in paths if ends_in(path, target)]
         if not found:
-            last_parts = {path.rsplit(".", 1)[-1] for path in paths}
-            choices = {part for part in last_parts if not part.isdecimal()} | {_ALL_LINEAR}
+            choices = {part for part in last_parts(paths) if not part.isdecimal()} | {_ALL_LINEAR}
             raise InputError(
                 f"parameters.target_modules: found {target!r}, expected a module of the model: "
                 f"{nearest(target, choices)}"
@@ -203,12 +202,8 @@ def _target_paths(module: nn.Module, targets: list[str]) -> list[str]:
 
 
 def _any_match(key: str, expressions: list[str], names: list[str]) -> bool:
-    try:
-        return any(re.search(expression, name) for expression in expressions for name in names)
-    except re.error as error:
-        raise InputError(
-            f"{key}: found {expressions}, expected regular expressions ({error}). Correct it."
-        ) from error
+    patterns = [compiled(key, expression) for expression in expressions]
+    return any(pattern.search(name) for pattern in patterns for name in names)
 
 
 def _examples(names: list[str]) -> str:

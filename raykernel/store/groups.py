@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from raykernel.errors import InputError, nearest
+from raykernel.names import compiled, ends_in, last_parts
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _CROSS = re.compile(r"cross\((.+)\)")
@@ -83,14 +84,7 @@ def _in_groups(names: Sequence[str], plain: Sequence[str], entries: Sequence[str
 def _matching(entry: str, names: Sequence[str], plain: Sequence[str]) -> list[str]:
     if entry in names:  # an exact name wins: `layer.1` is not also `layer.10`
         return [entry] if entry in plain else []
-    try:
-        pattern = re.compile(entry)
-    except re.error as error:
-        raise InputError(
-            f"groups: found {entry!r}, expected a group name or a regular expression "
-            f"({error}); {nearest(entry, plain)}"
-        ) from error
-    found = [name for name in plain if pattern.search(name)]
+    found = list(filter(compiled("groups", entry).search, plain))
     if not found:
         raise InputError(
             f"groups: {entry!r} matches none of the {len(plain)} layer groups; "
@@ -115,12 +109,11 @@ def _in_layers(plain: Sequence[str], layers: Sequence[int]) -> set[str]:
 def _ending_in(plain: Sequence[str], target: str) -> list[str]:
     # An adapter's parameters belong to the module that it adapts: `…query.lora_A.default`.
     modules = {name: name.split(".lora_")[0] for name in plain}
-    found = [name for name, path in modules.items() if f".{path}".endswith(f".{target}")]
+    found = [name for name, path in modules.items() if ends_in(path, target)]
     if not found:
-        last = {path.rsplit(".", 1)[-1] for path in modules.values()}
         raise InputError(
             f"target_modules: {target!r} ends none of the {len(plain)} layer groups' paths; "
-            f"{nearest(target, last)}"
+            f"{nearest(target, last_parts(modules.values()))}"
         )
     return found
 

@@ -28,6 +28,7 @@ from raykernel.ntk.empirical import empirical_kernel
 from raykernel.ntk.selections import is_bias, norm_groups, only, target_groups
 from raykernel.terms import Kind
 from tests import cases, oracles
+from tests.cases import readout
 
 TARGETS = {
     "roberta": ["query", "value", "output.dense"],
@@ -236,10 +237,6 @@ class WithLargeHead(nn.Module):
         return self.head(torch.tanh(self.body(x))).sum(1)[:, [900, 7]]
 
 
-def apply(model, batch):
-    return model(batch["x"])
-
-
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ia3_input"])
 def test_a_head_of_which_few_rows_are_read(method):
     import peft
@@ -247,7 +244,7 @@ def test_a_head_of_which_few_rows_are_read(method):
     torch.manual_seed(0)
     model = WithLargeHead().double()
     batch = {"x": torch.randn(3, 2, 4, dtype=torch.float64)}
-    capture = Tracer(model, apply).capture(batch)
+    capture = Tracer(model, readout).capture(batch)
     assert capture.parts["head"]["head.weight"][0].rows.tolist() == [7, 900]
     if method.startswith("ia3"):
         inner = ["head"] if method == "ia3_input" else []
@@ -261,7 +258,7 @@ def test_a_head_of_which_few_rows_are_read(method):
         own = lora(capture, matrices, scale=1.0)
         if dora_too:
             own = dora(capture, model, matrices, scale=1.0)
-    expected = sum(oracles.kernel_by_parameter(reference, apply, batch).values())
+    expected = sum(oracles.kernel_by_parameter(reference, readout, batch).values())
     assert expected.norm() > 0
     assert oracles.relative_error(sum(gram(own, own).values()), expected) < 1e-12
 
@@ -307,7 +304,7 @@ def test_lora_is_the_gradient_of_its_definition(rank, alpha, rslora, layers, n, 
     torch.manual_seed(seed % 2**31)
     model = Tokens(bias).double()
     batch = {"x": torch.randn(n, t, 3, dtype=torch.float64)}
-    capture = Tracer(model, apply).capture(batch)
+    capture = Tracer(model, readout).capture(batch)
     scale = lora_scale(alpha, rank, rslora=rslora)
     assert scale == pytest.approx(alpha / (math.sqrt(rank) if rslora else rank))
     matrices = lora_matrices(
@@ -318,7 +315,7 @@ def test_lora_is_the_gradient_of_its_definition(rank, alpha, rslora, layers, n, 
     model.requires_grad_(False)
     for layer in layers:
         setattr(model, layer, Adapted(getattr(model, layer), matrices[layer], scale))
-    expected = oracles.kernel_by_parameter(model, apply, batch)
+    expected = oracles.kernel_by_parameter(model, readout, batch)
     assert blocks.keys() == {f"{layer}.lora_B" for layer in layers}
     for layer in layers:
         error = oracles.relative_error(blocks[f"{layer}.lora_B"], expected[f"{layer}.b"])
@@ -334,7 +331,7 @@ def weight_kernel(capture, layer):
 def token_capture():
     torch.manual_seed(0)
     model = Tokens(bias=True).double()
-    return Tracer(model, apply).capture({"x": torch.randn(3, 4, 3, dtype=torch.float64)})
+    return Tracer(model, readout).capture({"x": torch.randn(3, 4, 3, dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -423,7 +420,7 @@ class Gated(nn.Module):
 def test_a_layer_that_no_example_uses_has_a_kernel_of_zeros():
     torch.manual_seed(0)
     model = Gated()
-    tracer = Tracer(model, apply)
+    tracer = Tracer(model, readout)
     used, unused = (tracer.capture({"x": sign * torch.rand(2, 3)}) for sign in (1, -1))
     assert not unused.parts["expert"]
     widths = input_widths(["expert", "head"], unused, used)

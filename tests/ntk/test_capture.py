@@ -12,12 +12,9 @@ from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.ntk.empirical import empirical_kernel
 from tests import cases, oracles
+from tests.cases import Module, readout
 
 D, T, N = 6, 4, 3
-
-
-def readout(model, batch):
-    return model(batch["x"])
 
 
 def inputs(*shape, seed=0):
@@ -26,19 +23,6 @@ def inputs(*shape, seed=0):
 
 def tokens(*shape, high=9, seed=0):
     return {"x": torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))}
-
-
-class Module(nn.Module):
-    """A module whose forward is a function of it and x."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self._function = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self._function(self, x)
 
 
 def vector(size=D):

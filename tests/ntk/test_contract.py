@@ -24,54 +24,10 @@ from raykernel.ntk.factors import (
 from raykernel.ntk.lookups import shared_tokens
 from raykernel.ntk.rates import Rates, rates_of
 from tests import cases, oracles
+from tests.cases import normal
+from tests.parts import KINDS, VOCAB, WIDTH, C, gradient, make_part
 
-C, VOCAB, WIDTH = 2, 11, 3
 sizes = st.integers(1, 4)
-
-
-def normal(*shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def make_part(kind, n, t, seed):
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "lookup":
-        ids = torch.randint(0, VOCAB, (n, t), generator=generator)
-        return Lookup(ids, normal(n, C, t, WIDTH, seed=seed))
-    if kind == "rows":
-        return Rows(normal(n, C, VOCAB * WIDTH, seed=seed), VOCAB)
-    if kind == "product":
-        inputs, gradients = normal(n, t, WIDTH, seed=seed), normal(n, C, t, VOCAB, seed=seed + 1)
-        return Product(inputs, gradients, None, False)
-    if kind == "turned":
-        inputs, gradients = normal(n, t, VOCAB, seed=seed), normal(n, C, t, WIDTH, seed=seed + 1)
-        return Product(inputs, gradients, None, True)
-    rows = torch.randperm(VOCAB, generator=generator)[:4].sort().values
-    return Product(normal(n, t, WIDTH, seed=seed), normal(n, C, t, 4, seed=seed + 1), rows, False)
-
-
-def gradient(part):
-    """(n, c, VOCAB · WIDTH), token by token."""
-    n, c = part.gradients.shape[:2]
-    total = torch.zeros(n, c, VOCAB, WIDTH, dtype=torch.float64)
-    if isinstance(part, Rows):
-        return part.gradients
-    for i in range(n):
-        for t in range(part.gradients.shape[2]):
-            for a in range(c):
-                b = part.gradients[i, a, t]
-                if isinstance(part, Lookup):
-                    total[i, a, part.ids[i, t]] += b
-                elif part.transposed:
-                    total[i, a] += torch.outer(part.inputs[i, t], b)
-                else:
-                    rows = torch.arange(VOCAB) if part.rows is None else part.rows
-                    total[i, a, rows] += torch.outer(b, part.inputs[i, t])
-    return total.flatten(2)
-
-
-KINDS = ("lookup", "rows", "product", "turned", "some_rows")
 
 
 @pytest.mark.parametrize("left", KINDS)
@@ -92,6 +48,19 @@ def test_factored_equals_direct(kind, n, m, t, u, max_bytes):
     own, other = make_part(kind, n, t, 0), make_part(kind, m, u, 0)
     one = factored(own, other, max_bytes=max_bytes)
     assert torch.allclose(one, direct(own, other, max_bytes=max_bytes), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "product", "turned", "some_rows"])
+@pytest.mark.parametrize(("t", "u"), [(0, 0), (0, 2), (2, 0)])
+def test_a_layer_that_ran_on_no_token_has_a_zero_kernel(kind, t, u):
+    """An expert that no token of a batch chose."""
+    left, right = (
+        Capture(torch.zeros(n, C), {"expert": {"weight": (make_part(kind, n, length, 0),)}}, {})
+        for n, length in ((2, t), (3, u))
+    )
+    block = gram(left, right)["expert"]
+    assert block.shape == (2, C, 3, C)
+    assert not block.any()
 
 
 @settings(max_examples=20, deadline=None)

@@ -8,10 +8,7 @@ from torch import nn
 
 from raykernel.errors import InputError
 from raykernel.ntk.empirical import empirical_kernel, select_groups
-
-
-def readout(model, batch):
-    return model(batch["x"])
+from tests.cases import readout
 
 
 def model():

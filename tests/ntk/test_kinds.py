@@ -15,7 +15,7 @@ from raykernel.ntk.factors import Rows, magnitude
 from raykernel.ntk.signs import pack, signs, unpack
 from raykernel.terms import Kind
 from tests import cases, oracles
-from tests.ntk.test_contract import gradient, make_part
+from tests.parts import gradient, make_part
 
 KINDS = ["sgd", "signgd", "asigngd", "asigngd_flipped"]
 ZERO = 1e-10  # against the largest gradient: rounding of float64, which is no sign

@@ -16,31 +16,10 @@ from raykernel.errors import InputError, NonFiniteError
 from raykernel.ntk.empirical import empirical_kernel
 from raykernel.ntk.product import tangent, tangents, weighted_gradient
 from tests import cases, oracles
+from tests.cases import Module, normal, pieces, random_direction, readout
 
 D, T, N, C = 6, 4, 3, 2
 TEST = cases.token_batch(n=3, lengths=(5, 8, 11), seed=8)
-
-
-def readout(model, batch):
-    return model(batch["x"])
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-class Module(nn.Module):
-    """A module whose forward is a function of it and x."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self._function = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self._function(self, x)
 
 
 def bare_parameters():
@@ -63,13 +42,6 @@ def bare_parameters():
     )
 
 
-def some_frozen():
-    case = cases.transformer_case("roberta")
-    for name, parameter in case.model.named_parameters():
-        parameter.requires_grad_("layer.1" in name or "word_embeddings" in name)
-    return case
-
-
 CASES = {
     **{
         name: partial(cases.transformer_case, name)
@@ -77,34 +49,8 @@ CASES = {
     },
     "lora": partial(cases.lora_case, "roberta", zero_b=False),
     "bare_parameters": bare_parameters,
-    "some_frozen": some_frozen,
+    "some_frozen": partial(cases.partly_frozen_case, "roberta", "layer.1", "word_embeddings"),
 }
-
-
-def pieces(batch, *sizes):
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        {k: v[start : start + size] for k, v in batch.items()}
-        for start, size in zip(starts, sizes, strict=True)
-    ]
-
-
-def fold(jacobian, weights):
-    """Σ_i,a α[i, a] G[i, a] by parameter."""
-    return {name: torch.einsum("iap,ia->p", own, weights) for name, own in jacobian.items()}
-
-
-def product(jacobian, direction):
-    """Σ_p G[i, a, p] w[p] over all parameters."""
-    return sum(
-        torch.einsum("iap,p->ia", own, direction[name].double().flatten())
-        for name, own in jacobian.items()
-    )
-
-
-def random_direction(model):
-    selected = oracles.selected(model)
-    return {n: normal(*p.shape, seed=i).to(p) for i, (n, p) in enumerate(selected.items())}
 
 
 def assert_same_vector(actual, expected, tolerance):
@@ -148,12 +94,12 @@ def test_products_with_the_jacobian_equal_the_definition(name, dtype):
     jacobian = oracles.jacobian(case.model, case.readout, case.batch)
     alpha = normal(5, C)
     w = weighted_gradient(case.model, case.readout, pieces(case.batch, 4, 1), alpha)
-    assert_same_vector(w, fold(jacobian, alpha), tolerance)
+    assert_same_vector(w, oracles.fold(jacobian, alpha), tolerance)
     assert all(w[name].shape == p.shape for name, p in oracles.selected(case.model).items())
     direction = random_direction(case.model)
     _, change = tangent(case.model, case.readout, case.batch, direction)
     # Padding's embedding has no gradient, but forward mode would follow it.
-    assert oracles.relative_error(change, product(jacobian, direction)) < tolerance
+    assert oracles.relative_error(change, oracles.along(jacobian, direction)) < tolerance
 
 
 @settings(max_examples=25, deadline=None)
@@ -183,10 +129,10 @@ def test_any_small_network_equals_the_definition(seed, sizes, depth, c, tied, fr
     jacobian = oracles.jacobian(model, readout, batch)
     alpha = normal(sum(sizes), c, seed=seed)
     w = weighted_gradient(model, readout, pieces(batch, *sizes), alpha)
-    assert_same_vector(w, fold(jacobian, alpha), 1e-12)
+    assert_same_vector(w, oracles.fold(jacobian, alpha), 1e-12)
     direction = random_direction(model)
     _, change = tangents(model, readout, pieces(batch, *sizes), direction)
-    assert torch.allclose(change, product(jacobian, direction), rtol=1e-10, atol=1e-10)
+    assert torch.allclose(change, oracles.along(jacobian, direction), rtol=1e-10, atol=1e-10)
 
 
 # ------------------------------------------------------------------ where forward mode fails
@@ -283,7 +229,7 @@ WAYS = {
         lambda: nn.Sequential(
             nn.TransformerEncoderLayer(D, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(T * D, C)
         ),
-        DOUBLE,
+        FORWARD,
     ),
     "backward_only": (through(Plain), DOUBLE),
     "backward_once": (through(Once), WHOLE + WHOLE + ONE + ONE * N),
@@ -311,14 +257,14 @@ def test_every_way_gives_the_product_with_the_jacobian(name):
     direction = random_direction(model)
     logits, change = tangent(model, counting, batch, direction)
     jacobian = oracles.jacobian(model, readout, batch)
-    assert oracles.relative_error(change, product(jacobian, direction)) < 1e-10
+    assert oracles.relative_error(change, oracles.along(jacobian, direction)) < 1e-10
     assert sizes == expected_sizes
     alone = [model.eval()(one["x"]) for one in pieces(batch, *[1] * N)]
     assert torch.allclose(logits, torch.cat(alone))
     assert not logits.requires_grad
     assert not change.requires_grad
     w = weighted_gradient(model, readout, [batch], normal(N, C))
-    assert_same_vector(w, fold(jacobian, normal(N, C)), 1e-10)
+    assert_same_vector(w, oracles.fold(jacobian, normal(N, C)), 1e-10)
 
 
 @pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])
@@ -328,9 +274,9 @@ def test_a_model_that_mixes_examples_is_asked_for_one_at_a_time(sizes):
     batch = {"x": normal(N, T, D)}
     jacobian = oracles.jacobian(model, readout, batch)
     w = weighted_gradient(model, readout, pieces(batch, *sizes), normal(N, C))
-    assert_same_vector(w, fold(jacobian, normal(N, C)), 1e-12)
+    assert_same_vector(w, oracles.fold(jacobian, normal(N, C)), 1e-12)
     _, change = tangents(model, readout, pieces(batch, *sizes), w)
-    assert oracles.relative_error(change, product(jacobian, w)) < 1e-10
+    assert oracles.relative_error(change, oracles.along(jacobian, w)) < 1e-10
 
 
 def test_a_way_is_looked_for_once():
@@ -357,8 +303,30 @@ def test_a_batch_that_the_first_way_cannot_do_is_done_in_another():
     batch = {"x": normal(N, T, D)}
     direction = random_direction(model)
     _, change = tangents(model, readout, pieces(batch, 2, 1), direction)
-    expected = product(oracles.jacobian(model, readout, batch), direction)
+    expected = oracles.along(oracles.jacobian(model, readout, batch), direction)
     assert oracles.relative_error(change, expected) < 1e-10
+
+
+@pytest.mark.parametrize("padding_idx", [3, -6])
+def test_an_embeddings_padding_row_does_not_vary(padding_idx):
+    """Also where only the first example reads it, and where the matrix is the head's, too."""
+    torch.manual_seed(0)
+    embed = nn.Embedding(9, D, padding_idx=padding_idx)
+    model = Module(
+        lambda m, x: F.linear(m.embed(x).mean(1), m.embed.weight)[:, [3, 5]], embed=embed
+    ).double()
+    batch = {"x": torch.tensor([[1, 3, 3, 7], [4, 1, 1, 1], [8, 0, 2, 5]])}
+    direction = random_direction(model)
+    sizes = []
+
+    def counting(m, batch):
+        sizes.append(len(batch["x"]))
+        return m(batch["x"])
+
+    _, change = tangent(model, counting, batch, direction)
+    expected = oracles.along(oracles.jacobian(model, readout, batch), direction)
+    assert oracles.relative_error(change, expected) < 1e-12
+    assert sizes == FORWARD
 
 
 def test_outputs_that_depend_on_nothing_do_not_change():
@@ -379,8 +347,8 @@ def test_sparse_gradients_are_added_densely():
     _, change = tangent(model, readout, batch, w)
     embed.sparse = False
     jacobian = oracles.jacobian(model, readout, batch)
-    assert_same_vector(w, fold(jacobian, normal(N, C)), 1e-6)
-    assert oracles.relative_error(change, product(jacobian, w)) < 1e-6
+    assert_same_vector(w, oracles.fold(jacobian, normal(N, C)), 1e-6)
+    assert oracles.relative_error(change, oracles.along(jacobian, w)) < 1e-6
 
 
 def test_half_precision_gradients_add_up_in_float32():

@@ -17,32 +17,21 @@ from raykernel.ntk.groups import layer_groups
 from raykernel.ntk.project import WHOLE, intrinsic_dimension, project, project_two_sided
 from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from tests import cases, oracles
+from tests.cases import normal
 
 BOTH = pytest.mark.parametrize("entries", list(Entries), ids=lambda entries: entries.value)
 TINY = pytest.mark.parametrize("max_bytes", [1, 3000, 1 << 26])
 C, ROWS, WIDTH = 2, 7, 3
 
 
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def lora():
     return cases.lora_case("roberta", zero_b=False)
-
-
-def some_frozen():
-    case = cases.transformer_case("albert")
-    for name, parameter in case.model.named_parameters():
-        parameter.requires_grad_("LayerNorm" in name or "embeddings" in name)
-    return case
 
 
 CASES = {
     **{name: partial(cases.transformer_case, name) for name in ("roberta", "gpt2", "llama")},
     "lora": lora,
-    "some_frozen": some_frozen,
+    "some_frozen": partial(cases.partly_frozen_case, "albert", "LayerNorm", "embeddings"),
 }
 
 

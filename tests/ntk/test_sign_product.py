@@ -14,18 +14,10 @@ from raykernel.ntk.empirical import empirical_kernel
 from raykernel.ntk.product import tangent
 from raykernel.ntk.sign_product import weighted_sign_gradient
 from tests import cases, oracles
+from tests.cases import normal, pieces, readout
 
 D, N, C = 6, 3, 2
 TEST = cases.token_batch(n=3, lengths=(5, 8, 11), seed=8)
-
-
-def readout(model, batch):
-    return model(batch["x"])
-
-
-def normal(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def network():
@@ -33,21 +25,10 @@ def network():
     return nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), nn.Tanh(), nn.Linear(D, C)).double()
 
 
-def pieces(batch, first):
-    return [{k: v[part] for k, v in batch.items()} for part in (slice(first), slice(first, None))]
-
-
-def some_frozen():
-    case = cases.transformer_case("roberta")
-    for name, parameter in case.model.named_parameters():
-        parameter.requires_grad_("layer.1" in name or "word_embeddings" in name)
-    return case
-
-
 CASES = {
     **{name: partial(cases.transformer_case, name) for name in ("roberta", "gpt2", "albert")},
     "lora": partial(cases.lora_case, "roberta", zero_b=False),
-    "some_frozen": some_frozen,
+    "some_frozen": partial(cases.partly_frozen_case, "roberta", "layer.1", "word_embeddings"),
 }
 
 
@@ -76,7 +57,7 @@ def test_weighted_signs_equal_the_definition(name, max_bytes):
     w = weighted_sign_gradient(
         case.model,
         case.readout,
-        pieces(case.batch, 2),
+        pieces(case.batch, 2, 3),
         beta,
         sign_of=clear_sign,
         max_bytes=max_bytes,
@@ -88,7 +69,7 @@ def test_weighted_signs_equal_the_definition(name, max_bytes):
 
 def test_plain_signs_are_the_default():
     model, batch, beta = network(), {"x": normal(N, D)}, normal(N, C)
-    w = weighted_sign_gradient(model, readout, pieces(batch, 1), beta)
+    w = weighted_sign_gradient(model, readout, pieces(batch, 1, 2), beta)
     assert_same(w, weighted(oracles.jacobian(model, readout, batch), beta, torch.sign))
 
 
@@ -169,7 +150,7 @@ def test_modes_flags_and_gradients_are_as_before(fails):
 )
 def test_weights_that_do_not_fit_are_refused(weights, message):
     with pytest.raises(InputError, match=message):
-        weighted_sign_gradient(network(), readout, pieces({"x": normal(N, D)}, 2), weights)
+        weighted_sign_gradient(network(), readout, pieces({"x": normal(N, D)}, 2, 1), weights)
 
 
 def test_nothing_selected_is_refused():

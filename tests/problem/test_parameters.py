@@ -122,7 +122,7 @@ def test_layer_index_is_the_number_behind_the_list_of_layers(name: str, index: i
     [
         ({"include": ["no_such_name"]}, "word_embeddings.weight"),
         ({"exclude": ["."]}, "leaves no parameter"),
-        ({"include": ["("]}, r"parameters\.include.*regular expressions"),
+        ({"include": ["("]}, r"parameters\.include.*regular expression"),
         ({"layers_to_transform": [3]}, "-3 to 2"),
         ({"target_modules": ["qeury"]}, "did you mean 'query'"),
         ({"method": Method.lora, "target_modules": ["qeury"]}, "did you mean 'query'"),
