@@ -30,8 +30,17 @@ from torch import Tensor
 from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.factors import Lookup, Part, Product, accumulator, summed_rows
+from raykernel.ntk.factors import (
+    Lookup,
+    Part,
+    Product,
+    accumulator,
+    num_rows_of,
+    summed_rows,
+    support_of,
+)
 from raykernel.ntk.lookups import shared_tokens
+from raykernel.ntk.packed import Packed, PackedRows, SignedCapture
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.terms import Kind
 
@@ -48,6 +57,10 @@ _CPU_TABLE_BYTES = 1 << 19
 
 _UPPER_SHARE = 5 / 8
 """Share of a symmetric product's operations in strips above the diagonal, see `_add_upper`."""
+
+_SIGN_BYTES, _PACK_BYTES, _UNPACK_BYTES = 4 * 2 * 4.0, 2 * 4.0, 2 * 4.0
+"""Elementwise traffic by coordinate: of a gradient and what takes its signs, of packing these, and
+of unpacking them."""
 
 _STRIP_ROWS = 16
 """Rows below which a matrix product is too thin to be fast."""
@@ -115,6 +128,7 @@ def method_of(
     kinds: Sequence[Kind],
     rates: Rates,
     symmetric: bool = False,
+    packed: bool = False,
 ) -> Method:
     """How a part is contracted with parts of as many tokens, and what that costs.
 
@@ -125,6 +139,7 @@ def method_of(
         kinds: kernels wanted; with signs all go the direct way.
         rates: of the device.
         symmetric: whether rows and columns are the same examples.
+        packed: whether the columns are packed signs.
 
     Returns:
         The method; a lookup's operations depend on the ids that both sides share and are left out.
@@ -139,24 +154,56 @@ def method_of(
     sizes = {"c": c, "t": t, "u": t, "d_in": part.inputs.shape[2], "d_out": d_out}
     if not any(kind.has_signs for kind in kinds):
         return method(num_rows, num_cols, **sizes, rates=rates, symmetric=symmetric)
-    formed = num_rows if symmetric else num_rows + num_cols
+    formed = num_rows if symmetric or packed else num_rows + num_cols
     p = sizes["d_in"] * d_out
     flops = 2.0 * c * p * (formed * t + len(kinds) * num_rows * num_cols * c)
-    num_bytes = 4 * 2 * 4.0 * formed * c * p  # the gradient, and what takes its signs
-    return Method("direct", flops, num_bytes, rates.seconds(flops, num_bytes))
+    num_bytes = _SIGN_BYTES * formed * c * p
+    if packed:
+        num_bytes += _UNPACK_BYTES * num_cols * c * p
+    return Method(
+        "packed" if packed else "direct", flops, num_bytes, rates.seconds(flops, num_bytes)
+    )
 
 
 def predicted_seconds(
-    rows: Capture, cols: Capture, *, kinds: Sequence[Kind], rates: Rates
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    *,
+    kinds: Sequence[Kind],
+    rates: Rates,
 ) -> float:
     """Predicted time of `grams` for two captures."""
     sizes, symmetric = (len(rows.logits), len(cols.logits)), rows is cols
+    packed = isinstance(cols, SignedCapture)
+    if isinstance(rows, SignedCapture):
+        return _packed_seconds(rows, sizes[1], rates=rates, symmetric=symmetric)
     return sum(
-        method_of(part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric).seconds
+        method_of(
+            part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric, packed=packed
+        ).seconds
         for by_name in rows.parts.values()
         for parts in by_name.values()
         for part in parts
     )
+
+
+def _packed_seconds(rows: SignedCapture, m: int, *, rates: Rates, symmetric: bool) -> float:
+    """Predicted time of products of packed signs with packed signs of m examples."""
+    n, c = rows.logits.shape
+    whole = [own for own in rows.signs.values() if isinstance(own, PackedRows)]
+    p = sum(own.num_rows * own.width for own in whole)
+    flops = 2.0 * n * m * c * c * p * (_UPPER_SHARE if symmetric else 1)
+    return rates.seconds(flops, _UNPACK_BYTES * (n if symmetric else n + m) * c * p)
+
+
+def packing_seconds(capture: Capture, *, rates: Rates) -> float:
+    """Predicted time of forming and packing all signs of a capture."""
+    n, c = capture.logits.shape
+    parts = (p for own in capture.parts.values() for uses in own.values() for p in uses)
+    products = [part for part in parts if isinstance(part, Product)]
+    p = [n * c * part.num_rows * part.width for part in products]
+    flops = sum(2.0 * size * q.gradients.shape[2] for size, q in zip(p, products, strict=True))
+    return rates.seconds(flops, (_SIGN_BYTES + _PACK_BYTES) * sum(p))
 
 
 def gram(
@@ -171,8 +218,8 @@ def gram(
 
 
 def grams(
-    rows: Capture,
-    cols: Capture,
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
     *,
     kinds: Sequence[Kind] = (Kind.sgd,),
     groups: Collection[str] | None = None,
@@ -187,7 +234,8 @@ def grams(
 
     Args:
         rows: the row examples.
-        cols: the column examples, of the same tracer; `rows` itself for the symmetric block.
+        cols: the column examples, of the same tracer; `rows` itself for the symmetric block. On
+            either side their packed signs will do for kinds that need no more of it.
         kinds: kernels wanted; several share the gradients that they need.
         groups: those wanted; None: all.
         dead_zone: gradients this small against their `magnitude` have sign 0.
@@ -198,9 +246,10 @@ def grams(
         (n, c, m, c) by kind and group; zeros for a group that no output depends on.
 
     Raises:
-        InputError: if a group does not exist.
+        InputError: if a group does not exist, or a side of packed signs does not fit.
         NonFiniteError: if a block overflows.
     """
+    _check_signs(rows, cols, kinds, dead_zone)
     wanted = rows.groups if groups is None else tuple(groups)
     for group in wanted:
         if group not in rows.groups:
@@ -218,6 +267,28 @@ def grams(
     return blocks
 
 
+def _check_signs(
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    kinds: Sequence[Kind],
+    dead_zone: float,
+) -> None:
+    for index, (side, own) in enumerate((("rows", rows), ("columns", cols))):
+        if not isinstance(own, SignedCapture):
+            continue
+        for kind in kinds:
+            if SIDES[kind][index] != "sign":
+                raise InputError(
+                    f"kind {kind.value}: found packed signs as its {side}, expected gradients. "
+                    "Give the capture that the signs were taken of."
+                )
+        if own.dead_zone != dead_zone:
+            raise InputError(
+                f"dead_zone: found {dead_zone:g}, expected {own.dead_zone:g}, with which the signs "
+                f"of the {side} were packed. Pack them anew, or use theirs."
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Limits:
     dead_zone: float
@@ -226,7 +297,11 @@ class _Limits:
 
 
 def _group_blocks(
-    rows: Capture, cols: Capture, group: str, kinds: Sequence[Kind], limits: _Limits
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    group: str,
+    kinds: Sequence[Kind],
+    limits: _Limits,
 ) -> dict[Kind, Block]:
     n, c = rows.logits.shape
     m = len(cols.logits)
@@ -245,7 +320,7 @@ def _group_blocks(
             for kind, block in found.items():
                 total[kind] += block
         complete.update({name} if Kind.sgd in own else ())
-    if Kind.sgd in kinds:
+    if isinstance(rows, Capture) and isinstance(cols, Capture) and Kind.sgd in kinds:
         sides = rows.crosses.get(group, (group, group))
         for of_rows, of_cols in dict.fromkeys((sides, sides[::-1])):
             for name, parts in rows.parts[of_rows].items():
@@ -255,19 +330,24 @@ def _group_blocks(
     return {kind: block.view(n, c, m, c) for kind, block in total.items()}
 
 
-def _signed_parameters(capture: Capture, group: str) -> dict[str, tuple[str, ...]]:
+def _signed_parameters(capture: Capture | SignedCapture, group: str) -> dict[str, tuple[str, ...]]:
     """Parameters whose kernels of signs stand in this group, with all groups that use them."""
+    names = capture.names
     home: dict[str, str] = {}
     for cross, (first, second) in capture.crosses.items():
-        shared = (name for name in capture.parts[first] if name in capture.parts[second])
+        shared = (name for name in names[first] if name in names[second])
         home.update({name: cross for name in shared if name not in home})
     if group in capture.crosses:
-        names = [name for name, cross in home.items() if cross == group]
-        return {name: tuple(g for g, own in capture.parts.items() if name in own) for name in names}
-    return {name: (group,) for name in capture.parts[group] if name not in home}
+        here = [name for name, cross in home.items() if cross == group]
+        return {name: tuple(g for g, own in names.items() if name in own) for name in here}
+    return {name: (group,) for name in names[group] if name not in home}
 
 
-def _uses(capture: Capture, name: str, groups: Sequence[str]) -> list[Part]:
+def _uses(
+    capture: Capture | SignedCapture, name: str, groups: Sequence[str]
+) -> Sequence[Part] | Packed | None:
+    if isinstance(capture, SignedCapture):
+        return capture.signs.get(name)
     return [part for group in groups for part in capture.parts[group].get(name, ())]
 
 
@@ -329,7 +409,9 @@ def direct(
     shape = [part.gradients.shape[:2].numel() for part in (left, right)]
     common = torch.promote_types(left.gradients.dtype, right.gradients.dtype)
     total = left.gradients.new_zeros(shape, dtype=accumulator(common))
-    for tile in _tiles([left], [right], size) if only is None else _pieces(only, size):
+    supports = [left.support(), right.support()]
+    whole = _tiles(supports, num_rows_of([left]), size)
+    for tile in whole if only is None else _pieces(only, size):
         own = left.row_block(tile).flatten(2).flatten(0, 1).to(total.dtype)
         if left is right:
             _add_upper(total, own)
@@ -340,8 +422,8 @@ def direct(
 
 
 def signed(
-    left: Sequence[Part],
-    right: Sequence[Part],
+    left: Sequence[Part] | Packed,
+    right: Sequence[Part] | Packed,
     kinds: Sequence[Kind],
     *,
     dead_zone: float,
@@ -350,9 +432,9 @@ def signed(
     """Blocks of one parameter for several kinds, its whole gradient formed tile by tile once.
 
     Args:
-        left: all uses of the parameter on the rows' side.
+        left: all uses of the parameter on the rows' side, or their signs.
         right: on the columns' side; `left` itself for the symmetric block.
-        kinds: kernels wanted.
+        kinds: kernels wanted, which need no gradient of a side of signs.
         dead_zone: see `signs.signs`.
         max_bytes: bound on a tile of both sides and their signs.
 
@@ -360,31 +442,75 @@ def signed(
         The blocks, examples and outputs flattened; sums of signs are exact integers.
     """
     symmetric = left is right
-    shape = [side[0].gradients.shape[:2].numel() for side in (left, right)]
-    width = max(left[0].width, 1)
-    dtype = torch.promote_types(left[0].gradients.dtype, right[0].gradients.dtype)
-    tile_bytes = max_bytes if left[0].gradients.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
-    # Gradients and signs of both sides, and what takes the sign.
-    size = max(1, tile_bytes // (4 * 3 * sum(shape) * width))
+    rows = _side(left, dead_zone)
+    cols = rows if symmetric else _side(right, dead_zone)
+    shape = [rows.num_gradients, cols.num_gradients]
+    dtype = torch.promote_types(rows.dtype, cols.dtype)
+    tile_bytes = max_bytes if rows.device.type == "cuda" else min(max_bytes, _CPU_TILE_BYTES)
+    # Gradients and signs of both sides, and what takes the sign. Packed signs are fastest from a
+    # byte's first on, and with tiles of the same size their blocks are the same to the last bit.
+    size = max(1, tile_bytes // (4 * 3 * sum(shape) * max(rows.width, 1)))
+    size = size // 4 * 4 or size
     # A tile's sum of signs is below 2^24, so exact in float32; the sum over tiles needs more.
-    total = {kind: left[0].gradients.new_zeros(shape, dtype=torch.float64) for kind in kinds}
-    thresholds = [signs.threshold(side, dead_zone) for side in (left, right)]
-    for tile in _tiles(left, right, size):
-        own = _tile_of(left, tile, thresholds[0], dtype)
-        other = own if symmetric else _tile_of(right, tile, thresholds[1], dtype)
+    total = {kind: torch.zeros(shape, dtype=torch.float64, device=rows.device) for kind in kinds}
+    for tile in _tiles([rows.support(), cols.support()], rows.num_rows, size):
+        own = {name: block.to(dtype) for name, block in rows.tile(tile).items()}
+        other = own if symmetric else cols.tile(tile)
         for kind in kinds:
-            rows, cols = own[SIDES[kind][0]], other[SIDES[kind][1]]
-            if rows is cols:
-                piece = rows.new_zeros(shape)
-                _add_upper(piece, rows)
+            a, b = own[SIDES[kind][0]], other[SIDES[kind][1]].to(dtype)
+            if a is b:
+                piece = a.new_zeros(shape)
+                _add_upper(piece, a)
             else:
-                piece = rows @ cols.mT
+                piece = a @ b.mT
             total[kind] += piece
     result = {}
     for kind, block in total.items():
         mirrored = symmetric and SIDES[kind][0] == SIDES[kind][1]
-        result[kind] = (_mirrored(block) if mirrored else block).to(accumulator(dtype))
+        result[kind] = (_mirrored(block) if mirrored else block).to(dtype)
     return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Formed:
+    """One side of a parameter's block, formed from its factors."""
+
+    parts: Sequence[Part]
+    limit: Float[Tensor, "nc 1"]
+    """See `signs.threshold`."""
+
+    @property
+    def num_gradients(self) -> int:
+        return self.parts[0].gradients.shape[:2].numel()
+
+    @property
+    def width(self) -> int:
+        return self.parts[0].width
+
+    @property
+    def num_rows(self) -> int | None:
+        return num_rows_of(self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulator(self.parts[0].gradients.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.limit.device
+
+    def support(self) -> Int[Tensor, " s"] | None:
+        return support_of(self.parts)
+
+    def tile(self, rows: Int[Tensor, " s"] | slice) -> dict[str, Float[Tensor, "nc p"]]:
+        gradient = summed_rows(self.parts, rows).flatten(2).flatten(0, 1).to(self.dtype)
+        return {"gradient": gradient, "sign": signs.signs(gradient, self.limit)}
+
+
+def _side(uses: Sequence[Part] | Packed, dead_zone: float) -> _Formed | Packed:
+    if isinstance(uses, Sequence):
+        return _Formed(uses, signs.threshold(uses, dead_zone))
+    return uses
 
 
 SIDES: dict[Kind, tuple[str, str]] = {
@@ -394,16 +520,6 @@ SIDES: dict[Kind, tuple[str, str]] = {
     Kind.asigngd_flipped: ("sign", "gradient"),
 }
 """What stands on the rows' and the columns' side (Malladi et al. 2023, Definitions 3.2 to 3.4)."""
-
-
-def _tile_of(
-    parts: Sequence[Part],
-    tile: Int[Tensor, " s"] | slice,
-    threshold: Float[Tensor, "nc 1"],
-    dtype: torch.dtype,
-) -> dict[str, Float[Tensor, "nc p"]]:
-    gradient = summed_rows(parts, tile).flatten(2).flatten(0, 1).to(accumulator(dtype))
-    return {"gradient": gradient, "sign": signs.signs(gradient, threshold)}
 
 
 def _add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
@@ -418,31 +534,22 @@ def _mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
 
 
 def _tiles(
-    left: Sequence[Part], right: Sequence[Part], size: int
+    supports: Sequence[Int[Tensor, " _"] | None], num_rows: int | None, size: int
 ) -> Iterator[Int[Tensor, " s"] | slice]:
-    """Rows of the parameter that both sides touch, in pieces."""
-    touched = [rows for side in (left, right) if (rows := _support(side)) is not None]
+    """Rows of the parameter that both sides touch (None: all of `num_rows`), in pieces."""
+    touched = [rows for rows in supports if rows is not None]
     if len(touched) == 2:
         touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
     if touched:
         yield from _pieces(touched[0], size)
         return
-    num_rows = next(p.num_rows for p in left if not isinstance(p, Lookup) and p.support() is None)
+    assert num_rows is not None
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
 
 def _pieces(rows: Int[Tensor, " s"], size: int) -> Iterator[Int[Tensor, " s"]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _support(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
-    """Ascending rows of the parameter that any of the parts touches; None: all of them."""
-    supports = [part.support() for part in parts]
-    known = [rows for rows in supports if rows is not None]
-    if len(known) < len(supports):
-        return None
-    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))
 
 
 def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:

@@ -182,6 +182,21 @@ def magnitude(part: Part) -> Float[Tensor, "n c"]:
     return total
 
 
+def support_of(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
+    """Ascending rows of the parameter that any of its parts touches; None: all of them."""
+    supports = [part.support() for part in parts]
+    known = [rows for rows in supports if rows is not None]
+    if len(known) < len(supports):
+        return None
+    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))
+
+
+def num_rows_of(parts: Sequence[Part]) -> int | None:
+    """Rows of the parameter; None where its parts touch only some, of how many they do not know."""
+    counts = [p.num_rows for p in parts if not isinstance(p, Lookup) and p.support() is None]
+    return counts[0] if counts else None
+
+
 def summed_rows(parts: Sequence[Part], rows: Int[Tensor, " s"] | slice) -> RowBlock:
     """Gradient of these rows of one parameter, over all its parts.
 
