@@ -40,14 +40,12 @@ from raykernel.ntk.factors import (
     support_of,
 )
 from raykernel.ntk.lookups import shared_tokens
-from raykernel.ntk.packed import Packed, PackedRows, SignedCapture
+from raykernel.ntk.packed import MAX_BYTES, Packed, PackedRows, SignedCapture, formed_rows
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.terms import Kind
 
 Block = Float[Tensor, "n c m c"]
-
-MAX_BYTES = 1 << 28
-"""Default bound on the temporaries of a contraction."""
+_Tile = dict[str, Tensor]
 
 _CPU_TILE_BYTES = 1 << 24
 """Small enough to be read back from cache, large enough for products that are not thin."""
@@ -139,7 +137,7 @@ def method_of(
         kinds: kernels wanted; with signs all go the direct way.
         rates: of the device.
         symmetric: whether rows and columns are the same examples.
-        packed: whether the columns are packed signs.
+        packed: whether both sides are packed signs.
 
     Returns:
         The method; a lookup's operations depend on the ids that both sides share and are left out.
@@ -154,15 +152,22 @@ def method_of(
     sizes = {"c": c, "t": t, "u": t, "d_in": part.inputs.shape[2], "d_out": d_out}
     if not any(kind.has_signs for kind in kinds):
         return method(num_rows, num_cols, **sizes, rates=rates, symmetric=symmetric)
-    formed = num_rows if symmetric or packed else num_rows + num_cols
     p = sizes["d_in"] * d_out
+    if packed:
+        return _of_packed(p, num_rows, num_cols, c=c, rates=rates, symmetric=symmetric)
+    formed = num_rows if symmetric else num_rows + num_cols
     flops = 2.0 * c * p * (formed * t + len(kinds) * num_rows * num_cols * c)
     num_bytes = _SIGN_BYTES * formed * c * p
-    if packed:
-        num_bytes += _UNPACK_BYTES * num_cols * c * p
-    return Method(
-        "packed" if packed else "direct", flops, num_bytes, rates.seconds(flops, num_bytes)
-    )
+    return Method("direct", flops, num_bytes, rates.seconds(flops, num_bytes))
+
+
+def _of_packed(
+    p: int, num_rows: int, num_cols: int, *, c: int, rates: Rates, symmetric: bool
+) -> Method:
+    """Product of packed signs of p coordinates."""
+    flops = 2.0 * num_rows * num_cols * c * c * p * (_UPPER_SHARE if symmetric else 1)
+    num_bytes = _UNPACK_BYTES * (num_rows if symmetric else num_rows + num_cols) * c * p
+    return Method("packed", flops, num_bytes, rates.seconds(flops, num_bytes))
 
 
 def predicted_seconds(
@@ -174,26 +179,19 @@ def predicted_seconds(
 ) -> float:
     """Predicted time of `grams` for two captures."""
     sizes, symmetric = (len(rows.logits), len(cols.logits)), rows is cols
-    packed = isinstance(cols, SignedCapture)
-    if isinstance(rows, SignedCapture):
-        return _packed_seconds(rows, sizes[1], rates=rates, symmetric=symmetric)
-    return sum(
-        method_of(
-            part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric, packed=packed
-        ).seconds
-        for by_name in rows.parts.values()
-        for parts in by_name.values()
-        for part in parts
-    )
-
-
-def _packed_seconds(rows: SignedCapture, m: int, *, rates: Rates, symmetric: bool) -> float:
-    """Predicted time of products of packed signs with packed signs of m examples."""
-    n, c = rows.logits.shape
-    whole = [own for own in rows.signs.values() if isinstance(own, PackedRows)]
-    p = sum(own.num_rows * own.width for own in whole)
-    flops = 2.0 * n * m * c * c * p * (_UPPER_SHARE if symmetric else 1)
-    return rates.seconds(flops, _UNPACK_BYTES * (n if symmetric else n + m) * c * p)
+    if isinstance(rows, Capture) and isinstance(cols, Capture):
+        return sum(
+            method_of(part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric).seconds
+            for by_name in rows.parts.values()
+            for parts in by_name.values()
+            for part in parts
+        )
+    sides = [rows, cols]
+    forming = sum(packing_seconds(side, rates=rates) for side in sides if isinstance(side, Capture))
+    packed = next(side for side in sides if isinstance(side, SignedCapture))
+    whole = [own for own in packed.signs.values() if isinstance(own, PackedRows)]
+    p, c = sum(own.num_rows * own.width for own in whole), rows.logits.shape[1]
+    return forming + _of_packed(p, *sizes, c=c, rates=rates, symmetric=symmetric).seconds
 
 
 def packing_seconds(capture: Capture, *, rates: Rates) -> float:
@@ -265,6 +263,11 @@ def grams(
                 )
             blocks[kind][group] = block
     return blocks
+
+
+def needs_signs_only(kinds: Sequence[Kind]) -> bool:
+    """Whether packed signs will do on both sides of all kinds."""
+    return all(SIDES[kind] == ("sign", "sign") for kind in kinds)
 
 
 def _check_signs(
@@ -446,18 +449,11 @@ def signed(
     cols = rows if symmetric else _side(right, dead_zone)
     shape = [rows.num_gradients, cols.num_gradients]
     dtype = torch.promote_types(rows.dtype, cols.dtype)
-    tile_bytes = max_bytes if rows.device.type == "cuda" else min(max_bytes, _CPU_TILE_BYTES)
-    # Gradients and signs of both sides, and what takes the sign. Packed signs are fastest from a
-    # byte's first on, and with tiles of the same size their blocks are the same to the last bit.
-    size = max(1, tile_bytes // (4 * 3 * sum(shape) * max(rows.width, 1)))
-    size = size // 4 * 4 or size
     # A tile's sum of signs is below 2^24, so exact in float32; the sum over tiles needs more.
     total = {kind: torch.zeros(shape, dtype=torch.float64, device=rows.device) for kind in kinds}
-    for tile in _tiles([rows.support(), cols.support()], rows.num_rows, size):
-        own = {name: block.to(dtype) for name, block in rows.tile(tile).items()}
-        other = own if symmetric else cols.tile(tile)
+    for own, other in _tiles_of_both(rows, cols, max_bytes):
         for kind in kinds:
-            a, b = own[SIDES[kind][0]], other[SIDES[kind][1]].to(dtype)
+            a, b = own[SIDES[kind][0]].to(dtype), other[SIDES[kind][1]].to(dtype)
             if a is b:
                 piece = a.new_zeros(shape)
                 _add_upper(piece, a)
@@ -502,7 +498,7 @@ class _Formed:
     def support(self) -> Int[Tensor, " s"] | None:
         return support_of(self.parts)
 
-    def tile(self, rows: Int[Tensor, " s"] | slice) -> dict[str, Float[Tensor, "nc p"]]:
+    def tile(self, rows: Int[Tensor, " s"] | slice) -> _Tile:
         gradient = summed_rows(self.parts, rows).flatten(2).flatten(0, 1).to(self.dtype)
         return {"gradient": gradient, "sign": signs.signs(gradient, self.limit)}
 
@@ -511,6 +507,40 @@ def _side(uses: Sequence[Part] | Packed, dead_zone: float) -> _Formed | Packed:
     if isinstance(uses, Sequence):
         return _Formed(uses, signs.threshold(uses, dead_zone))
     return uses
+
+
+def _tiles_of_both(
+    rows: _Formed | Packed, cols: _Formed | Packed, max_bytes: int
+) -> Iterator[tuple[_Tile, _Tile]]:
+    """The same rows of the parameter on both sides, tile by tile; of one side twice the same."""
+    sizes = [
+        formed_rows(side.num_gradients, side.width, side.device, max_bytes) for side in (rows, cols)
+    ]
+    supports = [rows.support(), cols.support()]
+    if any(support is not None for support in supports):
+        for tile in _tiles(supports, None, min(sizes)):
+            own = rows.tile(tile)
+            yield own, own if rows is cols else cols.tile(tile)
+        return
+    pieces = _pieces_of(rows, sizes[0], min(sizes))
+    if rows is cols:
+        yield from ((own, own) for own in pieces)
+    else:
+        yield from zip(pieces, _pieces_of(cols, sizes[1], min(sizes)), strict=True)
+
+
+def _pieces_of(side: _Formed | Packed, formed: int, size: int) -> Iterator[_Tile]:
+    """A side in pieces of so many rows, formed more of them at a time."""
+    # How many are formed at a time must not depend on the other side: a product of other sizes
+    # rounds otherwise, and of 1e8 coordinates some always change sign with the last bit.
+    assert side.num_rows is not None
+    step = formed if isinstance(side, _Formed) else size
+    for start in range(0, side.num_rows, step):
+        stop = min(start + step, side.num_rows)
+        tile = side.tile(slice(start, stop))
+        for first in range(0, (stop - start) * side.width, size * max(side.width, 1)):
+            last = first + size * side.width
+            yield {name: block[:, first:last] for name, block in tile.items()}
 
 
 SIDES: dict[Kind, tuple[str, str]] = {
@@ -542,10 +572,9 @@ def _tiles(
         touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
     if touched:
         yield from _pieces(touched[0], size)
-        return
-    assert num_rows is not None
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+    elif num_rows is not None:
+        for start in range(0, num_rows, size):
+            yield slice(start, min(start + size, num_rows))
 
 
 def _pieces(rows: Int[Tensor, " s"], size: int) -> Iterator[Int[Tensor, " s"]]:

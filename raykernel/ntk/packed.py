@@ -32,6 +32,9 @@ from raykernel.ntk.factors import (
     support_of,
 )
 
+MAX_BYTES = 1 << 28
+"""Default bound on the temporaries of a contraction, and of packing."""
+
 _CPU_TILE_BYTES = 1 << 24
 """Small enough to be read back from cache."""
 
@@ -167,7 +170,7 @@ def signed_capture(
     capture: Capture,
     *,
     dead_zone: float = signs.DEAD_ZONE,
-    max_bytes: int = _CPU_TILE_BYTES,
+    max_bytes: int = MAX_BYTES,
     after_group: Callable[[], None] | None = None,
 ) -> SignedCapture:
     """The signs of a capture, which gives up its factors parameter by parameter.
@@ -194,6 +197,24 @@ def signed_capture(
         if after_group is not None:
             after_group()
     return SignedCapture(capture.logits, packed, names, capture.crosses, dead_zone)
+
+
+def formed_rows(num_gradients: int, width: int, device: torch.device, max_bytes: int) -> int:
+    """Rows of a parameter whose gradients are formed at a time.
+
+    Args:
+        num_gradients: n c.
+        width: of a row.
+        device: where.
+        max_bytes: bound on the gradients and signs of both sides of a product.
+
+    Returns:
+        A power of two; for rows that do not fill whole bytes at least four, which do.
+    """
+    tile_bytes = max_bytes if device.type == "cuda" else min(max_bytes, _CPU_TILE_BYTES)
+    # Gradients and signs of both sides, and what takes the sign.
+    size = max(1, tile_bytes // (2 * 4 * 3 * num_gradients * max(width, 1)))
+    return max(1 << (size.bit_length() - 1), 4 if width % 4 else 1)
 
 
 def packed_bytes(capture: Capture) -> dict[str, int]:
@@ -241,9 +262,7 @@ def _packed_rows(
     first = parts[0]
     (n, c), width = first.gradients.shape[:2], first.width
     codes = torch.empty((n * c, -(-num_rows * width // 4)), dtype=torch.uint8, device=limit.device)
-    tile_bytes = max_bytes if limit.is_cuda else min(max_bytes, _CPU_TILE_BYTES)
-    # The gradient in float32, two comparisons, and the codes on their way. Tiles end with a byte.
-    size = max(4, tile_bytes // (8 * n * c * max(width, 1)) // 4 * 4)
+    size = formed_rows(n * c, width, limit.device, max_bytes)
     for start in range(0, num_rows, size):
         rows = slice(start, min(start + size, num_rows))
         gradient = summed_rows(parts, rows).flatten(2).flatten(0, 1)
