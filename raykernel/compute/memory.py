@@ -23,7 +23,7 @@ those of a transformer block; the columns' factors go before the rows' come:
     rows       max(r, q) · max(f, p), or max(r, q) · (s + f_1 + p_1) streamed
 
 Which of these fits best is a question of time. Forming the gradients of both sides costs each pair
-of examples c t (1/r + 1/q) products with the weights; packed columns were formed before. Rows are
+of examples c t (1/r + 1/q) products with the weights; packed columns are only unpacked. Rows are
 captured anew for every column chunk, (1 + c) t / q, or (2 + c) t / q if streamed, and so are
 columns that are not kept; a quarter slower where a pass holds one example alone.
 """
@@ -61,6 +61,9 @@ HEAP_SLACK = 1.1
 
 MAX_RESIDENT = 64
 """Column chunks kept at the most; cells come column by column, so that few are used again."""
+
+_UNPACKED = 0.1
+"""Time of unpacking the signs of a gradient, against forming it of 32 tokens or more."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of two of its settings (malloc.h)."""
@@ -212,11 +215,11 @@ def slowness(sizes: Sizes, num_outputs: int) -> float:
     Returns:
         c (1/r + 1/q) + (1 + c)(1 + 1/(4b)) / q, per token; where examples are streamed with one
         pass more, where columns are not kept with their passes, too, and where they are packed
-        without the c/r of forming them.
+        with a tenth of c/r.
     """
     capture = (1 + num_outputs + sizes.stream) * (1 + 0.25 / sizes.batch)
     captures = 1 / sizes.cols + (0 if sizes.resident else 1 / sizes.rows)
-    formed = 1 / sizes.cols + (0 if sizes.packed else 1 / sizes.rows)
+    formed = 1 / sizes.cols + (_UNPACKED if sizes.packed else 1) / sizes.rows
     return num_outputs * formed + capture * captures
 
 
