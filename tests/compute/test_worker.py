@@ -190,7 +190,7 @@ def signgd(folder: Path, model: ModelConfig, **options: int) -> WorkerSpec:
     return dataclasses.replace(spec, kernel=dataclasses.replace(spec.kernel, kinds=[Kind.signgd]))
 
 
-@pytest.mark.parametrize(("resident", "stream"), [(1, False), (4, False), (1, True), (4, True)])
+@pytest.mark.parametrize(("resident", "stream"), [(1, False), (2, False), (1, True), (2, True)])
 def test_columns_that_wait_as_packed_signs_change_no_bit(
     tmp_path: Path,
     model: ModelConfig,
@@ -211,7 +211,7 @@ def test_columns_that_wait_as_packed_signs_change_no_bit(
         for cell in cells[::-1] if spec is specs[2] else cells:
             worker.compute(cell)
         held = [side for segments in worker._columns.values() for side in segments]
-        assert len(held) >= resident
+        assert len(worker._columns) == resident
         assert all(isinstance(side, SignedCapture if packed else Capture) for side in held)
     assert files(specs[1]) == files(specs[0])
     assert files(specs[2]) == files(specs[0])
@@ -225,8 +225,7 @@ def test_only_kernels_of_signs_alone_pack_their_columns(tmp_path: Path, model: M
     assert "packed" in plan.methods.values()
     packed = plan.footprint.packed
     assert packed is not None
-    assert plan.num_parameters * 2 / 4 / 2 < packed.whole < plan.num_parameters
-    assert packed.segment < packed.whole
+    assert 0 < packed.segment < packed.whole < plan.footprint.factors
     for kinds in ([Kind.sgd, Kind.signgd], [Kind.asigngd], [Kind.sgd]):
         other = make_spec(tmp_path / kinds[-1].value, model)
         kernel = dataclasses.replace(other.kernel, kinds=kinds)
