@@ -29,7 +29,7 @@ class WorkerPlan:
     fallbacks: dict[str, str]
     """Parameters without a rule: differentiated through their module or the whole model."""
     capture_flops: float
-    """Floating-point operations to capture one example, without forming its signs."""
+    """Floating-point operations to capture one example, and to form its signs where packed."""
     block_flops: float
     """Floating-point operations to contract one full cell."""
     capture_seconds: float
@@ -85,7 +85,7 @@ def plan_of(
         methods[group] = "+".join(sorted({way.name for way in found}))
         flops += pieces * sum(way.flops for way in found)
         seconds += pieces * sum(way.seconds for way in found)
-    packing = contract.packing_seconds(capture, rates=rates) if sizes.packed else 0.0
+    packing = contract.packing(capture, rates=rates) if sizes.packed else None
     per_token = token_flops(module, capture.logits.shape[1], streamed=streamed, again=sizes.stream)
     return WorkerPlan(
         footprint=footprint,
@@ -93,9 +93,10 @@ def plan_of(
         num_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         methods=methods,
         fallbacks=fallbacks,
-        capture_flops=num_tokens * per_token,
+        capture_flops=num_tokens * per_token + (packing.flops if packing else 0.0),
         block_flops=flops,
-        capture_seconds=rates.seconds(num_tokens * per_token, 0.0) + packing,
+        capture_seconds=rates.seconds(num_tokens * per_token, 0.0)
+        + (packing.seconds if packing else 0.0),
         block_seconds=seconds,
     )
 

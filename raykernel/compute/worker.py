@@ -313,7 +313,7 @@ class Worker:
     def _packed(self, examples: range) -> Iterator[SignedCapture]:
         """Signs of a chunk's gradients, whose factors go segment by segment."""
         for capture in self._segments(examples):
-            self._predicted += contract.packing_seconds(capture, rates=self._rates)
+            self._predicted += contract.packing(capture, rates=self._rates).seconds
             yield signed_capture(
                 capture,
                 dead_zone=self._spec.kernel.dead_zone,

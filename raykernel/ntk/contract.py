@@ -187,21 +187,30 @@ def predicted_seconds(
             for part in parts
         )
     sides = [rows, cols]
-    forming = sum(packing_seconds(side, rates=rates) for side in sides if isinstance(side, Capture))
+    forming = sum(packing(side, rates=rates).seconds for side in sides if isinstance(side, Capture))
     packed = next(side for side in sides if isinstance(side, SignedCapture))
     whole = [own for own in packed.signs.values() if isinstance(own, PackedRows)]
     p, c = sum(own.num_rows * own.width for own in whole), rows.logits.shape[1]
     return forming + _of_packed(p, *sizes, c=c, rates=rates, symmetric=symmetric).seconds
 
 
-def packing_seconds(capture: Capture, *, rates: Rates) -> float:
-    """Predicted time of forming and packing all signs of a capture."""
+def packing(capture: Capture, *, rates: Rates) -> Method:
+    """What forming and packing all signs of a capture costs.
+
+    Args:
+        capture: of any examples.
+        rates: of the device.
+
+    Returns:
+        The cost; that of lookups and materialised rows is left out.
+    """
     n, c = capture.logits.shape
     parts = (p for own in capture.parts.values() for uses in own.values() for p in uses)
     products = [part for part in parts if isinstance(part, Product)]
     p = [n * c * part.num_rows * part.width for part in products]
     flops = sum(2.0 * size * q.gradients.shape[2] for size, q in zip(p, products, strict=True))
-    return rates.seconds(flops, (_SIGN_BYTES + _PACK_BYTES) * sum(p))
+    num_bytes = (_SIGN_BYTES + _PACK_BYTES) * sum(p)
+    return Method("packed", flops, num_bytes, rates.seconds(flops, num_bytes))
 
 
 def gram(

@@ -8,7 +8,11 @@ examples, c outputs, s rows of a parameter, w width of such a row, p = s·w.
 
 Packed signs are smaller than the factors of t tokens where t > c·i·o / (16 (i + c·o)) for a matrix
 from i inputs to o outputs: from about 32 tokens on in RoBERTa-base with two outputs, 25 in
-SmolLM2-135M.
+SmolLM2-135M. Measured on one thread (seconds of CPU time for a 32 × 32 cell of one transformer
+block, two outputs; both sides formed, one side packed before, and both):
+
+    RoBERTa-base    128 tokens  15.9  8.6  0.9     32 tokens  4.0  2.5  0.8
+    SmolLM2-135M     96 tokens   3.7  2.3  0.5     24 tokens  1.6  1.1  0.5
 """
 
 from __future__ import annotations
