@@ -122,7 +122,8 @@ def show_plan(plan: Plan, screen: Screen) -> None:
     config, splits = prepared.config, prepared.data.splits
     lengths = [len(ids) for ids in prepared.encoded.input_ids]
     counts = ", ".join(f"{len(splits[split])} {split.value}" for split in Split)
-    sizes = worker.sizes
+    sizes, packed = worker.sizes, worker.footprint.packed
+    signs = f", packed signs {size(packed.whole)}" if packed is not None else ""
     rows = [
         ["examples", f"{counts}; {len(prepared.data.labels)} outputs"],
         ["tokens", f"{min(lengths)} to {max(lengths)}, {np.mean(lengths):.0f} on average"],
@@ -137,12 +138,12 @@ def show_plan(plan: Plan, screen: Screen) -> None:
             "memory of a worker",
             f"{size(sizes.peak_bytes)} of {size(config.compute.memory_gb * GIB)} allowed "
             f"(weights {size(worker.footprint.weights)}, factors of an example "
-            f"{size(worker.footprint.factors)})",
+            f"{size(worker.footprint.factors)}{signs})",
         ],
         [
             "chunks",
             f"{sizes.batch} examples a pass, {sizes.rows} rows x {sizes.cols} columns, "
-            f"{sizes.resident} column chunks kept"
+            f"{sizes.resident} column chunks kept{' as packed signs' if sizes.packed else ''}"
             + (", one transformer block at a time" if sizes.stream else ""),
         ],
     ]

@@ -16,10 +16,16 @@ what is kept of it between two blocks, g those of its largest layer, b examples 
 examples of a row and a column chunk. A chunk of several passes is joined layer by layer, so one
 layer exists twice for a moment.
 
+Where signs of gradients are all that is needed, both sides are packed, p bytes of an example, p_1
+those of a transformer block; the columns' factors go before the rows' come:
+
+    columns    resident · q · p
+    rows       max(r, q) · max(f, p), or max(r, q) · (s + f_1 + p_1) streamed
+
 Which of these fits best is a question of time. Forming the gradients of both sides costs each pair
-of examples c t (1/r + 1/q) products with the weights. Rows are captured anew for every column
-chunk, (1 + c) t / q, or (2 + c) t / q if streamed, and so are columns that are not kept; a quarter
-slower where a pass holds one example alone.
+of examples c t (1/r + 1/q) products with the weights; packed columns are only unpacked. Rows are
+captured anew for every column chunk, (1 + c) t / q, or (2 + c) t / q if streamed, and so are
+columns that are not kept; a quarter slower where a pass holds one example alone.
 """
 
 from __future__ import annotations
@@ -56,8 +62,21 @@ HEAP_SLACK = 1.1
 MAX_RESIDENT = 64
 """Column chunks kept at the most; cells come column by column, so that few are used again."""
 
+_UNPACKED = 0.1
+"""Time of unpacking the signs of a gradient, against forming it of 32 tokens or more."""
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of two of its settings (malloc.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBytes:
+    """Memory of one example's packed signs, in bytes."""
+
+    whole: int
+    """Of all layers."""
+    segment: int
+    """Of the largest transformer block, or what else is captured at a time when streaming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +95,8 @@ class Footprint:
     """Peak of a pass per example, factors included."""
     stream: StreamBytes | None
     """The same block by block; None if the model cannot be streamed."""
+    packed: PackedBytes | None
+    """Signs of all gradients; None if kernels are wanted that need more of their columns."""
     output: int
     """All layer groups' values of one full cell."""
 
@@ -94,6 +115,8 @@ class Sizes:
     """Column chunks kept between cells; 0: columns are captured for every row chunk."""
     stream: bool
     """Whether examples are captured block by block."""
+    packed: bool
+    """Whether columns wait as packed signs instead of factors, and rows come as such."""
     peak_bytes: int
     """Estimate of the worker's peak."""
 
@@ -120,17 +143,15 @@ def chunk_sizes(
     fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES
     fixed += CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
-    def sized(batch: int, rows: int, cols: int, resident: int, stream: bool) -> Sizes:
-        whole, streamed = footprint.factors, footprint.stream
+    def sized(batch: int, rows: int, cols: int, resident: int, stream: bool, packed: bool) -> Sizes:
         joining = footprint.largest * max(rows if rows > batch else 0, cols if cols > batch else 0)
-        alive = streamed.kept + streamed.factors if stream and streamed else whole
-        step = streamed.step if stream and streamed else footprint.forward
-        columns = resident * cols * whole if resident else cols * alive
-        work = int(HEAP_SLACK * (columns + rows * alive + batch * step + joining))
+        step = footprint.stream.step if stream and footprint.stream else footprint.forward
+        waiting = _waiting_bytes(footprint, rows, cols, resident, stream, packed)
+        work = int(HEAP_SLACK * (waiting + batch * step + joining))
         start = footprint.audit + 2 * footprint.forward
-        return Sizes(batch, rows, cols, resident, stream, fixed + max(start, work))
+        return Sizes(batch, rows, cols, resident, stream, packed, fixed + max(start, work))
 
-    ways = [(1, False)] if footprint.stream is None else [(1, False), (1, True), (0, True)]
+    ways = _ways(footprint)
     smallest = min((sized(1, 1, 1, *way) for way in ways), key=lambda sizes: sizes.peak_bytes)
     if smallest.peak_bytes > limit:
         raise InputError(
@@ -150,8 +171,33 @@ def chunk_sizes(
     ]
     best = min(fitting, key=lambda sizes: (slowness(sizes, num_outputs), sizes.peak_bytes))
     more = range(1, MAX_RESIDENT + 1) if best.resident else ()
-    kept = [sized(best.batch, best.rows, best.cols, count, best.stream) for count in more]
+    kept = [
+        sized(best.batch, best.rows, best.cols, count, best.stream, best.packed) for count in more
+    ]
     return max((s for s in (best, *kept) if s.peak_bytes <= limit), key=lambda s: s.resident)
+
+
+def _ways(footprint: Footprint) -> list[tuple[int, bool, bool]]:
+    """Columns kept, whether examples are streamed, whether columns are packed."""
+    ways = [(1, False, False)]
+    if footprint.stream is not None:
+        ways += [(1, True, False), (0, True, False)]
+    if footprint.packed is not None:
+        ways += [(1, stream, True) for resident, stream, _ in ways if resident]
+    return ways
+
+
+def _waiting_bytes(
+    footprint: Footprint, rows: int, cols: int, resident: int, stream: bool, packed: bool
+) -> int:
+    """What columns and rows take."""
+    whole, streamed = footprint.factors, footprint.stream
+    alive = streamed.kept + streamed.factors if stream and streamed else whole
+    if not packed or footprint.packed is None:
+        columns = resident * cols * whole if resident else cols * alive
+        return columns + rows * alive
+    signed = alive + footprint.packed.segment if stream else max(whole, footprint.packed.whole)
+    return resident * cols * footprint.packed.whole + max(rows, cols) * signed
 
 
 def chunks(batch: int, block_size: int) -> list[int]:
@@ -168,11 +214,13 @@ def slowness(sizes: Sizes, num_outputs: int) -> float:
 
     Returns:
         c (1/r + 1/q) + (1 + c)(1 + 1/(4b)) / q, per token; where examples are streamed with one
-        pass more, and where columns are not kept with their passes, too.
+        pass more, where columns are not kept with their passes, too, and where they are packed
+        with a tenth of c/r.
     """
     capture = (1 + num_outputs + sizes.stream) * (1 + 0.25 / sizes.batch)
     captures = 1 / sizes.cols + (0 if sizes.resident else 1 / sizes.rows)
-    return num_outputs * (1 / sizes.rows + 1 / sizes.cols) + capture * captures
+    formed = 1 / sizes.cols + (_UNPACKED if sizes.packed else 1) / sizes.rows
+    return num_outputs * formed + capture * captures
 
 
 # ------------------------------------------------------------------ the process

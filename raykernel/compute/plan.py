@@ -24,15 +24,16 @@ class WorkerPlan:
     num_parameters: int
     """Parameters that vary."""
     methods: dict[str, str]
-    """Layer group → direct, factored, or what its parts are (lookup, rows); no cross groups."""
+    """Layer group → direct, factored, packed, or what its parts are (lookup, rows); no cross
+    groups."""
     fallbacks: dict[str, str]
     """Parameters without a rule: differentiated through their module or the whole model."""
     capture_flops: float
-    """Floating-point operations to capture one example."""
+    """Floating-point operations to capture one example, and to form its signs where packed."""
     block_flops: float
     """Floating-point operations to contract one full cell."""
     capture_seconds: float
-    """Predicted time of capturing one example."""
+    """Predicted time of capturing one example, and of packing its signs where they are."""
     block_seconds: float
     """Predicted time of contracting one full cell."""
 
@@ -70,13 +71,21 @@ def plan_of(
     flops = seconds = 0.0
     for group, by_name in capture.parts.items():
         found = [
-            contract.method_of(part, sizes.rows, sizes.cols, kinds=kernel.stored_kinds, rates=rates)
+            contract.method_of(
+                part,
+                sizes.rows,
+                sizes.cols,
+                kinds=kernel.stored_kinds,
+                rates=rates,
+                packed=sizes.packed,
+            )
             for parts in by_name.values()
             for part in parts
         ]
         methods[group] = "+".join(sorted({way.name for way in found}))
         flops += pieces * sum(way.flops for way in found)
         seconds += pieces * sum(way.seconds for way in found)
+    packing = contract.packing(capture, rates=rates) if sizes.packed else None
     per_token = token_flops(module, capture.logits.shape[1], streamed=streamed, again=sizes.stream)
     return WorkerPlan(
         footprint=footprint,
@@ -84,9 +93,10 @@ def plan_of(
         num_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         methods=methods,
         fallbacks=fallbacks,
-        capture_flops=num_tokens * per_token,
+        capture_flops=num_tokens * per_token + (packing.flops if packing else 0.0),
         block_flops=flops,
-        capture_seconds=rates.seconds(num_tokens * per_token, 0.0),
+        capture_seconds=rates.seconds(num_tokens * per_token, 0.0)
+        + (packing.seconds if packing else 0.0),
         block_seconds=seconds,
     )
 

@@ -23,12 +23,13 @@ from jaxtyping import Float
 from torch import nn
 
 from raykernel.compute import memory
-from raykernel.compute.memory import Footprint, Sizes
+from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, ParametersConfig
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
+from raykernel.ntk.packed import SignedCapture, packed_bytes, signed_capture
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem, set_matmul_precision
@@ -82,6 +83,10 @@ class Receipt:
     """Times that memory ran out and the worker's chunks were halved, so far."""
 
 
+Side = Capture | SignedCapture
+"""Rows or columns of a product."""
+
+
 class Worker:
     """A model at θ_0 in a process of its own, and the cells that it computes.
 
@@ -97,7 +102,7 @@ class Worker:
         stored = None if spec.encoded.label_ids else self._handle.read_head()
         self._problem = _load(spec, None if stored is None else Head(*stored))
         self._may_compute = bool(spec.encoded.label_ids) or stored is not None
-        self._columns: OrderedDict[range, list[Capture]] = OrderedDict()
+        self._columns: OrderedDict[range, list[Side]] = OrderedDict()
         self._turn = 0
         self._halved = 0
         self._predicted = 0.0
@@ -129,6 +134,7 @@ class Worker:
             "batch": self._sizes.batch,
             "rows": self._sizes.rows,
             "cols": self._sizes.cols,
+            "packed": self._sizes.packed,
             "halved": self._halved,
         }
         num_bytes = self._handle.write_block(cell, values, provenance)
@@ -265,7 +271,7 @@ class Worker:
                     del left, right  # else they would live on while the next ones are captured
         return values, logits
 
-    def _sides(self, rows: range, cols: range) -> Iterator[tuple[Capture, Capture]]:
+    def _sides(self, rows: range, cols: range) -> Iterator[tuple[Side, Side]]:
         """Captures of both sides, segment by segment."""
         if rows == cols:
             yield from ((capture, capture) for capture in self._column(cols))
@@ -273,7 +279,7 @@ class Worker:
             kept_rows = self._column(rows, keep=self._keeps_all)
             yield from zip(kept_rows, self._column(cols), strict=True)
 
-    def _contract(self, left: Capture, right: Capture) -> Iterator[tuple[str, str, np.ndarray]]:
+    def _contract(self, left: Side, right: Side) -> Iterator[tuple[str, str, np.ndarray]]:
         kernel = self._spec.kernel
         self._predicted += contract.predicted_seconds(
             left, right, kinds=kernel.stored_kinds, rates=self._rates
@@ -290,17 +296,31 @@ class Worker:
             for group, block in blocks.items():
                 yield kind.value, group, block.cpu().numpy()
 
-    def _column(self, examples: range, *, keep: bool = True) -> Iterable[Capture]:
+    def _column(self, examples: range, *, keep: bool = True) -> Iterable[Side]:
         """Segments of a chunk; kept for the next cells if wanted and memory allows."""
         if examples in self._columns:
             self._columns.move_to_end(examples)
             return self._columns[examples]
+        # Rows are packed, too, though they need not wait: it takes no time worth mentioning, and
+        # those that were kept as columns are the same to the bit.
+        segments = self._packed(examples) if self._sizes.packed else self._segments(examples)
         if not keep or not self._sizes.resident:
-            return self._segments(examples)
+            return segments
         while len(self._columns) >= self._sizes.resident:
             self._columns.popitem(last=False)
-        self._columns[examples] = list(self._segments(examples))
+        self._columns[examples] = list(segments)
         return self._columns[examples]
+
+    def _packed(self, examples: range) -> Iterator[SignedCapture]:
+        """Signs of a chunk's gradients, whose factors go segment by segment."""
+        for capture in self._segments(examples):
+            self._predicted += contract.packing(capture, rates=self._rates).seconds
+            yield signed_capture(
+                capture,
+                dead_zone=self._spec.kernel.dead_zone,
+                max_bytes=memory.GRAM_BYTES,
+                after_group=memory.trim_heap,
+            )
 
     def _segments(self, examples: range) -> Iterator[Capture]:
         """Captures of a chunk: one transformer block's factors at a time, or all at once."""
@@ -357,16 +377,25 @@ class Worker:
         edge = self._spec.kernel.block_size * self._spec.num_labels
         itemsize = np.dtype(self._handle.manifest.dtype).itemsize
         module, kinds = self._problem.module, self._spec.kernel.stored_kinds
-        by_group = self._tracer.capture(batch).bytes_by_group()
+        capture = self._tracer.capture(batch)
+        by_group = capture.bytes_by_group()
+        stream = self._streamer.num_bytes(batch)
         return Footprint(
             weights=_num_bytes([*module.parameters(), *module.buffers()]),
             audit=2 * _num_bytes(_selected(self._problem)),
             factors=sum(by_group.values()),
             largest=max(by_group.values()),
             forward=self._tracer.bytes_per_example(batch),
-            stream=self._streamer.num_bytes(batch),
+            stream=stream,
+            packed=self._packed_bytes(capture) if contract.needs_signs_only(kinds) else None,
             output=len(self._tracer.groups) * len(kinds) * edge * edge * itemsize,
         )
+
+    def _packed_bytes(self, capture: Capture) -> PackedBytes:
+        """Of one example; segments are known once a batch was streamed."""
+        by_group = packed_bytes(capture)
+        segments = [sum(by_group.get(g, 0) for g in own) for own in self._streamer.segments]
+        return PackedBytes(whole=sum(by_group.values()), segment=max(segments))
 
     @cached_property
     def _sizes(self) -> Sizes:

@@ -53,6 +53,11 @@ class Capture:
         return (*self.parts, *self.crosses)
 
     @property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Parameters by layer group."""
+        return {group: tuple(by_name) for group, by_name in self.parts.items()}
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the factors, in bytes."""
         return sum(self.bytes_by_group().values())

@@ -24,31 +24,25 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.factors import Lookup, Part, Product, accumulator, summed_rows
+from raykernel.ntk.factors import Lookup, Part, Product, accumulator
 from raykernel.ntk.lookups import shared_tokens
-from raykernel.ntk.pairs import (
-    CPU_TILE_BYTES,
-    add_upper,
-    direct,
-    factored,
-    formed,
-    mirrored,
-    tiles,
-    upper_share,
-)
+from raykernel.ntk.packed import MAX_BYTES, Packed, PackedRows, SignedCapture
+from raykernel.ntk.pairs import direct, factored, formed, upper_share
 from raykernel.ntk.rates import Rates, rates_of
+from raykernel.ntk.signed import SIDES, signed
 from raykernel.terms import Kind
 
 Block = Float[Tensor, "n c m c"]
 
-MAX_BYTES = 1 << 28
-"""Default bound on the temporaries of a contraction."""
+_SIGN_BYTES, _PACK_BYTES, _UNPACK_BYTES = 4 * 2 * 4.0, 2 * 4.0, 2 * 4.0
+"""Elementwise traffic by coordinate: of a gradient and what takes its signs, of packing these, and
+of unpacking them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +109,7 @@ def method_of(
     kinds: Sequence[Kind],
     rates: Rates,
     symmetric: bool = False,
+    packed: bool = False,
 ) -> Method:
     """How a part is contracted with parts of as many tokens, and what that costs.
 
@@ -125,6 +120,7 @@ def method_of(
         kinds: kernels wanted; with signs all go the direct way.
         rates: of the device.
         symmetric: whether rows and columns are the same examples.
+        packed: whether both sides are packed signs.
 
     Returns:
         The method; a lookup's operations depend on the ids that both sides share and are left out.
@@ -139,24 +135,65 @@ def method_of(
     sizes = {"c": c, "t": t, "u": t, "d_in": part.inputs.shape[2], "d_out": d_out}
     if not any(kind.has_signs for kind in kinds):
         return method(num_rows, num_cols, **sizes, rates=rates, symmetric=symmetric)
-    formed = num_rows if symmetric else num_rows + num_cols
     p = sizes["d_in"] * d_out
+    if packed:
+        return _of_packed(p, num_rows, num_cols, c=c, rates=rates, symmetric=symmetric)
+    formed = num_rows if symmetric else num_rows + num_cols
     flops = 2.0 * c * p * (formed * t + len(kinds) * num_rows * num_cols * c)
-    num_bytes = 4 * 2 * 4.0 * formed * c * p  # the gradient, and what takes its signs
+    num_bytes = _SIGN_BYTES * formed * c * p
     return Method("direct", flops, num_bytes, rates.seconds(flops, num_bytes))
 
 
+def _of_packed(
+    p: int, num_rows: int, num_cols: int, *, c: int, rates: Rates, symmetric: bool
+) -> Method:
+    """Product of packed signs of p coordinates."""
+    flops = 2.0 * num_rows * num_cols * c * c * p * (upper_share(num_rows * c) if symmetric else 1)
+    num_bytes = _UNPACK_BYTES * (num_rows if symmetric else num_rows + num_cols) * c * p
+    return Method("packed", flops, num_bytes, rates.seconds(flops, num_bytes))
+
+
 def predicted_seconds(
-    rows: Capture, cols: Capture, *, kinds: Sequence[Kind], rates: Rates
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    *,
+    kinds: Sequence[Kind],
+    rates: Rates,
 ) -> float:
     """Predicted time of `grams` for two captures."""
     sizes, symmetric = (len(rows.logits), len(cols.logits)), rows is cols
-    return sum(
-        method_of(part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric).seconds
-        for by_name in rows.parts.values()
-        for parts in by_name.values()
-        for part in parts
-    )
+    if isinstance(rows, Capture) and isinstance(cols, Capture):
+        return sum(
+            method_of(part, *sizes, kinds=kinds, rates=rates, symmetric=symmetric).seconds
+            for by_name in rows.parts.values()
+            for parts in by_name.values()
+            for part in parts
+        )
+    sides = [rows, cols]
+    forming = sum(packing(side, rates=rates).seconds for side in sides if isinstance(side, Capture))
+    packed = next(side for side in sides if isinstance(side, SignedCapture))
+    whole = [own for own in packed.signs.values() if isinstance(own, PackedRows)]
+    p, c = sum(own.num_rows * own.width for own in whole), rows.logits.shape[1]
+    return forming + _of_packed(p, *sizes, c=c, rates=rates, symmetric=symmetric).seconds
+
+
+def packing(capture: Capture, *, rates: Rates) -> Method:
+    """What forming and packing all signs of a capture costs.
+
+    Args:
+        capture: of any examples.
+        rates: of the device.
+
+    Returns:
+        The cost; that of lookups and materialised rows is left out.
+    """
+    n, c = capture.logits.shape
+    parts = (p for own in capture.parts.values() for uses in own.values() for p in uses)
+    products = [part for part in parts if isinstance(part, Product)]
+    p = [n * c * part.num_rows * part.width for part in products]
+    flops = sum(2.0 * size * q.gradients.shape[2] for size, q in zip(p, products, strict=True))
+    num_bytes = (_SIGN_BYTES + _PACK_BYTES) * sum(p)
+    return Method("packed", flops, num_bytes, rates.seconds(flops, num_bytes))
 
 
 def gram(
@@ -171,8 +208,8 @@ def gram(
 
 
 def grams(
-    rows: Capture,
-    cols: Capture,
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
     *,
     kinds: Sequence[Kind] = (Kind.sgd,),
     groups: Collection[str] | None = None,
@@ -187,7 +224,8 @@ def grams(
 
     Args:
         rows: the row examples.
-        cols: the column examples, of the same tracer; `rows` itself for the symmetric block.
+        cols: the column examples, of the same tracer; `rows` itself for the symmetric block. On
+            either side their packed signs will do for kinds that need no more of it.
         kinds: kernels wanted; several share the gradients that they need.
         groups: those wanted; None: all.
         dead_zone: gradients this small against their `magnitude` have sign 0.
@@ -198,9 +236,10 @@ def grams(
         (n, c, m, c) by kind and group; zeros for a group that no output depends on.
 
     Raises:
-        InputError: if a group does not exist.
+        InputError: if a group does not exist, or a side of packed signs does not fit.
         NonFiniteError: if a block overflows.
     """
+    _check_signs(rows, cols, kinds, dead_zone)
     wanted = rows.groups if groups is None else tuple(groups)
     for group in wanted:
         if group not in rows.groups:
@@ -223,6 +262,33 @@ def _is_finite(block: Block) -> bool:
     return bool(block.sum().isfinite()) or bool(block.isfinite().all())
 
 
+def needs_signs_only(kinds: Sequence[Kind]) -> bool:
+    """Whether packed signs will do on both sides of all kinds."""
+    return all(SIDES[kind] == ("sign", "sign") for kind in kinds)
+
+
+def _check_signs(
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    kinds: Sequence[Kind],
+    dead_zone: float,
+) -> None:
+    for index, (side, own) in enumerate((("rows", rows), ("columns", cols))):
+        if not isinstance(own, SignedCapture):
+            continue
+        for kind in kinds:
+            if SIDES[kind][index] != "sign":
+                raise InputError(
+                    f"kind {kind.value}: found packed signs as its {side}, expected gradients. "
+                    "Give the capture that the signs were taken of."
+                )
+        if own.dead_zone != dead_zone:
+            raise InputError(
+                f"dead_zone: found {dead_zone:g}, expected {own.dead_zone:g}, with which the signs "
+                f"of the {side} were packed. Pack them anew, or use theirs."
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Limits:
     dead_zone: float
@@ -231,7 +297,11 @@ class _Limits:
 
 
 def _group_blocks(
-    rows: Capture, cols: Capture, group: str, kinds: Sequence[Kind], limits: _Limits
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    group: str,
+    kinds: Sequence[Kind],
+    limits: _Limits,
 ) -> dict[Kind, Block]:
     n, c = rows.logits.shape
     m = len(cols.logits)
@@ -250,7 +320,7 @@ def _group_blocks(
             for kind, block in found.items():
                 total[kind] += block
         complete.update({name} if Kind.sgd in own else ())
-    if Kind.sgd in kinds:
+    if isinstance(rows, Capture) and isinstance(cols, Capture) and Kind.sgd in kinds:
         sides = rows.crosses.get(group, (group, group))
         mirror = rows is cols and sides[0] != sides[1]
         for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
@@ -262,19 +332,24 @@ def _group_blocks(
     return {kind: block.view(n, c, m, c) for kind, block in total.items()}
 
 
-def _signed_parameters(capture: Capture, group: str) -> dict[str, tuple[str, ...]]:
+def _signed_parameters(capture: Capture | SignedCapture, group: str) -> dict[str, tuple[str, ...]]:
     """Parameters whose kernels of signs stand in this group, with all groups that use them."""
+    names = capture.names
     home: dict[str, str] = {}
     for cross, (first, second) in capture.crosses.items():
-        shared = (name for name in capture.parts[first] if name in capture.parts[second])
+        shared = (name for name in names[first] if name in names[second])
         home.update({name: cross for name in shared if name not in home})
     if group in capture.crosses:
-        names = [name for name, cross in home.items() if cross == group]
-        return {name: tuple(g for g, own in capture.parts.items() if name in own) for name in names}
-    return {name: (group,) for name in capture.parts[group] if name not in home}
+        here = [name for name, cross in home.items() if cross == group]
+        return {name: tuple(g for g, own in names.items() if name in own) for name in here}
+    return {name: (group,) for name in names[group] if name not in home}
 
 
-def _uses(capture: Capture, name: str, groups: Sequence[str]) -> list[Part]:
+def _uses(
+    capture: Capture | SignedCapture, name: str, groups: Sequence[str]
+) -> Sequence[Part] | Packed | None:
+    if isinstance(capture, SignedCapture):
+        return capture.signs.get(name)
     return [part for group in groups for part in capture.parts[group].get(name, ())]
 
 
@@ -301,70 +376,3 @@ def _same_matrix(left: Product, right: Product) -> bool:
     if left.rows is None or right.rows is None:
         return left.rows is right.rows
     return torch.equal(left.rows, right.rows)
-
-
-def signed(
-    left: Sequence[Part],
-    right: Sequence[Part],
-    kinds: Sequence[Kind],
-    *,
-    dead_zone: float,
-    max_bytes: int,
-) -> dict[Kind, Float[Tensor, "nc mc"]]:
-    """Blocks of one parameter for several kinds, its whole gradient formed tile by tile once.
-
-    Args:
-        left: all uses of the parameter on the rows' side.
-        right: on the columns' side; `left` itself for the symmetric block.
-        kinds: kernels wanted.
-        dead_zone: see `signs.signs`.
-        max_bytes: bound on a tile of both sides and their signs.
-
-    Returns:
-        The blocks, examples and outputs flattened; sums of signs are exact integers.
-    """
-    symmetric = left is right
-    shape = [side[0].gradients.shape[:2].numel() for side in (left, right)]
-    width = max(left[0].width, 1)
-    dtype = torch.promote_types(left[0].gradients.dtype, right[0].gradients.dtype)
-    tile_bytes = max_bytes if left[0].gradients.is_cuda else min(max_bytes, CPU_TILE_BYTES)
-    # Gradients and signs of both sides, and what takes the sign.
-    size = max(1, tile_bytes // (4 * 3 * sum(shape) * width))
-    # A tile's sum of signs is below 2^24, so exact in float32; the sum over tiles needs more.
-    total = {kind: left[0].gradients.new_zeros(shape, dtype=torch.float64) for kind in kinds}
-    thresholds = [signs.threshold(side, dead_zone) for side in (left, right)]
-    for tile in tiles(left, right, size):
-        own = _tile_of(left, tile, thresholds[0], dtype)
-        other = own if symmetric else _tile_of(right, tile, thresholds[1], dtype)
-        for kind in kinds:
-            rows, cols = own[SIDES[kind][0]], other[SIDES[kind][1]]
-            if rows is cols:
-                piece = rows.new_zeros(shape)
-                add_upper(piece, rows)
-            else:
-                piece = rows @ cols.mT
-            total[kind] += piece
-    result = {}
-    for kind, block in total.items():
-        upper = symmetric and SIDES[kind][0] == SIDES[kind][1]
-        result[kind] = (mirrored(block) if upper else block).to(accumulator(dtype))
-    return result
-
-
-SIDES: dict[Kind, tuple[str, str]] = {
-    Kind.sgd: ("gradient", "gradient"),
-    Kind.signgd: ("sign", "sign"),
-    Kind.asigngd: ("gradient", "sign"),
-    Kind.asigngd_flipped: ("sign", "gradient"),
-}
-"""What stands on the rows' and the columns' side (Malladi et al. 2023, Definitions 3.2 to 3.4)."""
-
-
-def _tile_of(
-    parts: Sequence[Part],
-    tile: Int[Tensor, " s"] | slice,
-    threshold: Float[Tensor, "nc 1"],
-    dtype: torch.dtype,
-) -> dict[str, Float[Tensor, "nc p"]]:
-    gradient = summed_rows(parts, tile).flatten(2).flatten(0, 1).to(accumulator(dtype))
-    return {"gradient": gradient, "sign": signs.signs(gradient, threshold)}

@@ -57,8 +57,8 @@ class Product:
         if self.transposed:
             return _raised(self.inputs[..., rows]).mT.unsqueeze(1).matmul(_raised(self.gradients))
         by_token = _raised(_by_token(self)[..., rows])
-        block = by_token.flatten(2).mT.bmm(_raised(self.inputs))
-        return block.unflatten(1, by_token.shape[2:])
+        n, _, c, s = by_token.shape
+        return by_token.flatten(2).mT.bmm(_raised(self.inputs)).view(n, c, s, self.inputs.shape[-1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +185,21 @@ def magnitude(part: Part) -> Float[Tensor, "n c"]:
     return total
 
 
+def support_of(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
+    """Ascending rows of the parameter that any of its parts touches; None: all of them."""
+    supports = [part.support() for part in parts]
+    known = [rows for rows in supports if rows is not None]
+    if len(known) < len(supports):
+        return None
+    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))
+
+
+def num_rows_of(parts: Sequence[Part]) -> int | None:
+    """Rows of the parameter; None where its parts touch only some, of how many they do not know."""
+    counts = [p.num_rows for p in parts if not isinstance(p, Lookup) and p.support() is None]
+    return counts[0] if counts else None
+
+
 def summed_rows(parts: Sequence[Part], rows: Int[Tensor, " s"] | slice) -> RowBlock:
     """Gradient of these rows of one parameter, over all its parts.
 
@@ -269,7 +284,9 @@ def _take_tokens(part: Product | Lookup, order: Int[Tensor, "n t"]) -> Product |
     # of a capture at t = 128.
     flat = order + t * torch.arange(n, device=order.device).unsqueeze(1)
     by_token = part.gradients.transpose(1, 2).flatten(2)
-    gradients = _rows_at(by_token, flat).unflatten(2, (c, -1)).transpose(1, 2)
+    gradients = (
+        _rows_at(by_token, flat).view(*flat.shape, c, part.gradients.shape[3]).transpose(1, 2)
+    )
     if isinstance(part, Lookup):
         return replace(part, ids=part.ids.gather(1, order), gradients=gradients)
     return replace(part, inputs=_rows_at(part.inputs, flat), gradients=gradients)

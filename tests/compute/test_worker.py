@@ -14,7 +14,9 @@ from raykernel.compute.executor import InlineExecutor
 from raykernel.compute.worker import Worker, WorkerSpec
 from raykernel.config import ComputeConfig, ModelConfig
 from raykernel.errors import InputError, RunError
+from raykernel.ntk.capture import Capture
 from raykernel.ntk.empirical import empirical_kernel
+from raykernel.ntk.packed import SignedCapture
 from raykernel.problem.models import load_problem
 from raykernel.problem.prompts import collate
 from raykernel.store.grid import Cell
@@ -170,7 +172,7 @@ def test_chunks_that_do_not_fill_a_block_change_rounding_only(
     complete(specs[0])
     worker = Worker(specs[1])
     sizes = worker._sizes
-    small = type(sizes)(2, 2, 4, resident, stream, sizes.peak_bytes)
+    small = type(sizes)(2, 2, 4, resident, stream, False, sizes.peak_bytes)
     monkeypatch.setattr(worker, "_sizes", small)
     worker.prepare()
     assert len(worker._streamer.segments) > 1
@@ -181,6 +183,55 @@ def test_chunks_that_do_not_fill_a_block_change_rounding_only(
     np.testing.assert_allclose(kernels[1], kernels[0], rtol=0, atol=1e-12 * scale)
     logits = [handle_of(spec).logits() for spec in specs]
     np.testing.assert_allclose(logits[1], logits[0], rtol=1e-12)
+
+
+def signgd(folder: Path, model: ModelConfig, **options: int) -> WorkerSpec:
+    spec = make_spec(folder, model, block_size=4, **options)
+    return dataclasses.replace(spec, kernel=dataclasses.replace(spec.kernel, kinds=[Kind.signgd]))
+
+
+@pytest.mark.parametrize(("resident", "stream"), [(1, False), (2, False), (1, True), (2, True)])
+def test_columns_that_wait_as_packed_signs_change_no_bit(
+    tmp_path: Path,
+    model: ModelConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    resident: int,
+    stream: bool,
+) -> None:
+    """Whole or block by block, kept for other cells or not, in any order of cells."""
+    specs = [signgd(tmp_path / name, model, batch_size=2) for name in ("a", "b", "c")]
+    for spec, packed in zip(specs, (False, True, True), strict=True):
+        worker = Worker(spec)
+        sizes = worker._sizes
+        assert sizes.packed
+        own = type(sizes)(2, 2, 2, resident, stream, packed, sizes.peak_bytes)
+        monkeypatch.setattr(worker, "_sizes", own)
+        worker.prepare()
+        cells = handle_of(spec).missing()
+        for cell in cells[::-1] if spec is specs[2] else cells:
+            worker.compute(cell)
+        held = [side for segments in worker._columns.values() for side in segments]
+        assert len(worker._columns) == resident
+        assert all(isinstance(side, SignedCapture if packed else Capture) for side in held)
+    assert files(specs[1]) == files(specs[0])
+    assert files(specs[2]) == files(specs[0])
+    assert handle_of(specs[0]).kernel(kind="signgd").any()
+
+
+def test_only_kernels_of_signs_alone_pack_their_columns(tmp_path: Path, model: ModelConfig) -> None:
+    spec = signgd(tmp_path / "a", model)
+    plan = Worker(spec).plan()
+    assert plan.sizes.packed
+    assert "packed" in plan.methods.values()
+    packed = plan.footprint.packed
+    assert packed is not None
+    assert 0 < packed.segment < packed.whole < plan.footprint.factors
+    for kinds in ([Kind.sgd, Kind.signgd], [Kind.asigngd], [Kind.sgd]):
+        other = make_spec(tmp_path / kinds[-1].value, model)
+        kernel = dataclasses.replace(other.kernel, kinds=kinds)
+        plan = Worker(dataclasses.replace(other, kernel=kernel)).plan()
+        assert not plan.sizes.packed
+        assert plan.footprint.packed is None
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(

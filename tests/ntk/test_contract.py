@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raykernel.errors import InputError, NonFiniteError
 from raykernel.ntk import rates
 from raykernel.ntk.capture import Capture, Tracer
-from raykernel.ntk.contract import direct, factored, gram, method
+from raykernel.ntk.contract import gram, method
 from raykernel.ntk.factors import (
     Lookup,
     Product,
@@ -22,6 +22,7 @@ from raykernel.ntk.factors import (
     lookup_by_product,
 )
 from raykernel.ntk.lookups import shared_tokens
+from raykernel.ntk.pairs import direct, factored, formed
 from raykernel.ntk.rates import Rates, rates_of
 from tests import cases, oracles
 from tests.cases import normal
@@ -44,10 +45,24 @@ def test_any_two_parts_contract_to_the_inner_product(left, right, n, m, t, u, ma
 @pytest.mark.parametrize("kind", ["product", "turned", "some_rows"])
 @settings(max_examples=20, deadline=None)
 @given(n=sizes, m=sizes, t=sizes, u=sizes, max_bytes=st.sampled_from([1, 700, 1 << 20]))
-def test_factored_equals_direct(kind, n, m, t, u, max_bytes):
+def test_factored_and_formed_equal_direct(kind, n, m, t, u, max_bytes):
     own, other = make_part(kind, n, t, 0), make_part(kind, m, u, 0)
-    one = factored(own, other, max_bytes=max_bytes)
-    assert torch.allclose(one, direct(own, other, max_bytes=max_bytes), rtol=1e-10, atol=1e-10)
+    expected = direct(own, other, max_bytes=max_bytes)
+    for contract in (factored, formed):
+        one = contract(own, other, max_bytes=max_bytes)
+        assert torch.allclose(one, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["product", "turned", "some_rows"])
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 60), t=sizes, max_bytes=st.sampled_from([1, 700, 1 << 20]))
+def test_the_symmetric_block_equals_the_one_with_a_copy(kind, n, t, max_bytes):
+    own, copy = make_part(kind, n, t, 0), make_part(kind, n, t, 0)
+    expected = oracles.inner(gradient(own), gradient(copy)).view(n * C, n * C)
+    for contract in (direct, factored, formed):
+        one = contract(own, own, max_bytes=max_bytes)
+        assert torch.equal(one, one.mT)
+        assert torch.allclose(one, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "product", "turned", "some_rows"])

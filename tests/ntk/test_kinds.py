@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from raykernel.errors import InputError
 from raykernel.ntk.capture import Tracer
-from raykernel.ntk.contract import grams, signed
+from raykernel.ntk.contract import grams
 from raykernel.ntk.empirical import empirical_kernel
 from raykernel.ntk.factors import Rows, magnitude
+from raykernel.ntk.signed import signed
 from raykernel.ntk.signs import pack, signs, unpack
 from raykernel.terms import Kind
 from tests import cases, oracles
