@@ -212,8 +212,8 @@ def sketch_sizes(
         return capture + matrices / sizes.rows, sizes.peak_bytes
 
     best = min(fitting, key=slow)
-    # Every block ends in a chunk of its own.
-    every = sum(-(-num_examples // size) for size in (best.rows, block_size)) + 1
+    # Every block has chunks of its own, and train and the others end in one of their own.
+    every = (-(-num_examples // block_size) + 1) * -(-block_size // best.rows)
     more = range(best.resident, max(best.resident, every) + 1)
     kept = [sized(best.batch, best.rows, best.stream, count) for count in more]
     return max((s for s in kept if s.peak_bytes <= limit), key=lambda s: s.resident)
