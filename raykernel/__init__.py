@@ -20,13 +20,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from raykernel.adapters import adapter_kernels
     from raykernel.analysis.ridge import solve_ridge
     from raykernel.ntk.empirical import empirical_kernel
     from raykernel.store.blocks import open_store
 
-__all__ = ["empirical_kernel", "open_store", "solve_ridge"]
+__all__ = ["adapter_kernels", "empirical_kernel", "open_store", "solve_ridge"]
 
 _HOMES = {
+    "adapter_kernels": "raykernel.adapters",
     "empirical_kernel": "raykernel.ntk.empirical",
     "open_store": "raykernel.store.blocks",
     "solve_ridge": "raykernel.analysis.ridge",

@@ -28,6 +28,7 @@ from raykernel.terms import (
     ModelSource,
     Pooling,
     Precision,
+    Projection,
     PromptStyle,
     Source,
     Truncation,
@@ -210,6 +211,53 @@ class ParametersConfig:
 
 
 @dataclass(frozen=True)
+class ProjectionConfig:
+    """Random projection of gradients: the kernel of `dim` numbers instead of all coordinates."""
+
+    method: Projection = Projection.none
+    """none: the exact kernel; gaussian, rademacher, two_sided, intrinsic_dimension."""
+    dim: int = 512
+    """Numbers per layer group, example and output; the error falls as 1/√dim."""
+    seed: int = 0
+    """Seed of the random matrices, the same in every worker."""
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 1, "kernel.projection.dim", self.dim, "at least 1")
+        for name in ("dim", "seed"):
+            require(
+                self.is_on or getattr(self, name) == _DEFAULTS[name],
+                f"kernel.projection.{name}",
+                getattr(self, name),
+                f"{_DEFAULTS[name]}, for there is no projection. Set kernel.projection.method, to "
+                "rademacher for example",
+            )
+        if self.method is Projection.two_sided:
+            rows, cols = self.sides
+            near = round(math.sqrt(self.dim / 2))
+            require(
+                cols <= 2 * rows,
+                "kernel.projection.dim",
+                self.dim,
+                "a product of two numbers of which none is more than twice the other, such as "
+                f"{near} x {2 * near} = {2 * near**2}, because two_sided projects from two sides",
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether gradients are projected."""
+        return self.method is not Projection.none
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """k_rows and k_cols of a two-sided projection: the factors of `dim` nearest each other."""
+        rows = next(k for k in range(math.isqrt(self.dim), 0, -1) if self.dim % k == 0)
+        return rows, self.dim // rows
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ProjectionConfig)}
+
+
+@dataclass(frozen=True)
 class KernelConfig:
     """Which kernels, in which arithmetic, cut into which blocks."""
 
@@ -221,9 +269,18 @@ class KernelConfig:
     """Gradients this small against the terms that they are the sum of have sign 0."""
     block_size: int = 16
     """Examples on a side of a block. Larger: fewer passes, more memory, more lost in a crash."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    """Random projection of gradients."""
 
     def __post_init__(self) -> None:
         require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
+        require(
+            not self.projection.is_on or self.kinds == [Kind.sgd],
+            "kernel.kinds",
+            [kind.value for kind in self.kinds],
+            f"[sgd] with kernel.projection.method={self.projection.method.value}, because a sign "
+            "is one of the gradient itself. Leave the other kinds or the projection out",
+        )
         require(0 <= self.dead_zone < 1, "kernel.dead_zone", self.dead_zone, "0 to 1")
         require(self.block_size >= 1, "kernel.block_size", self.block_size, "at least 1")
 
@@ -232,6 +289,12 @@ class KernelConfig:
         """Kinds in a block: an asymmetric one with its other side, which blocks not stored need."""
         both = [kind for chosen in self.kinds for kind in (chosen, chosen.flipped)]
         return list(dict.fromkeys(both))
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What decides the numbers; an exact kernel has no projection."""
+        every = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {k: v for k, v in every.items() if k != "projection" or self.projection.is_on}
 
 
 @dataclass(frozen=True)
@@ -315,6 +378,16 @@ class RunConfig:
     solver: SolverConfig = field(default_factory=SolverConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.kernel.projection.method is not Projection.intrinsic_dimension
+            or not self.solver.groups,
+            "solver.groups",
+            self.solver.groups,
+            "none with kernel.projection.method=intrinsic_dimension, which projects all layers "
+            "together. Drop solver.groups, or project by layer (rademacher)",
+        )
 
 
 def label_text(value: object) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from raykernel.analysis.regression import RegressionResult, SplitData, kernel_regression
 from raykernel.compute.executor import Executor, InlineExecutor, versions
+from raykernel.compute.sketches import distortion_text
 from raykernel.compute.worker import WorkerSpec
 from raykernel.config import ComputeConfig, RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
@@ -55,6 +56,8 @@ class Outcome:
     store_bytes: int
     precision_error: dict[str, Any] | None
     """What a reduced precision costs, measured on a sample by the kernel's first worker."""
+    projection_error: dict[str, Any] | None
+    """The same of a projection, with the bound that there is."""
 
 
 def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Outcome:
@@ -81,8 +84,11 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
         if completion.blocks_computed or not store.has_result("kernels", row):
             store.write_result("kernels", row)
     kept = sum(file.stat().st_size for file in handle.path.iterdir())
-    error = handle.read_pinned("precision") if handle.has_pinned("precision") else None
-    return Outcome(prepared, completion, results, config.store.path, kept, error)
+    errors = (
+        handle.read_pinned(name) if handle.has_pinned(name) else None
+        for name in ("precision", "projection")
+    )
+    return Outcome(prepared, completion, results, config.store.path, kept, *errors)
 
 
 def open_kernel(prepared: Prepared) -> KernelHandle:
@@ -382,6 +388,9 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
             f"{config.kernel.precision.value}: relative error {found['relative_error']:.1e} on "
             f"{found['examples']} examples, against float32 (most in {found['worst_group']})"
         )
+    if outcome.projection_error is not None:
+        for line in distortion_text(outcome.projection_error):
+            screen.out.print(line, markup=False)
     screen.out.print(
         'Next: raykernel query "select task, model, k, seed, zero_shot, linear_probe, '
         f'kernel_regression from kernels" --store {outcome.store_path}',

@@ -43,7 +43,7 @@ class Plan:
         entries = sum(len(cell.rows) * len(cell.cols) for cell in grid.cells()) * c * c
         share = self.blocks_missing / self.blocks_total
         num_kinds = len(self.prepared.config.kernel.stored_kinds)
-        return int(share * entries * itemsize * num_kinds * len(self.worker.methods))
+        return int(share * entries * itemsize * num_kinds * self.worker.num_groups)
 
     @property
     def flops(self) -> float:
@@ -65,6 +65,8 @@ class Plan:
         share = self.blocks_missing / self.blocks_total
         rows = sum(len(cell.rows) for cell in grid.cells() if cell.rows != cell.cols)
         columns = grid.num_cols * self.prepared.config.compute.workers
+        if self.worker.sizes.sketched:  # rows are kept, too
+            rows = min(rows, grid.num_rows * self.prepared.config.compute.workers - columns)
         lengths = [len(ids) for ids in encoded.input_ids]
         captures = (rows + columns) * sum(lengths) / len(lengths) / max(lengths)
         full = grid.block_size**2
@@ -143,7 +145,12 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         [
             "chunks",
             f"{sizes.batch} examples a pass, {sizes.rows} rows x {sizes.cols} columns, "
-            f"{sizes.resident} column chunks kept{' as packed signs' if sizes.packed else ''}"
+            + (
+                f"sketches of {sizes.resident} chunks kept"
+                if sizes.sketched
+                else f"{sizes.resident} column chunks kept"
+            )
+            + (" as packed signs" if sizes.packed else "")
             + (", one transformer block at a time" if sizes.stream else ""),
         ],
     ]

@@ -115,7 +115,7 @@ def identity_of(config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded)
         },
         "model": model_identity(config.model),
         "parameters": plain(config.parameters),
-        "kernel": plain(config.kernel),
+        "kernel": config.kernel.identity,
     }
 
 

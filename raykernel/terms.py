@@ -124,6 +124,21 @@ class Precision(Enum):
         return "float64" if self is Precision.float64 else "float32"
 
 
+class Projection(Enum):
+    """Random projection of gradients before their kernel is taken (`ntk.project`)."""
+
+    none = "none"
+    """The exact kernel."""
+    gaussian = "gaussian"
+    """Every layer group's gradient, by a matrix of normal entries."""
+    rademacher = "rademacher"
+    """The same with entries -1 and 1: a fiftieth of the time to make them, no more variance."""
+    two_sided = "two_sided"
+    """Every matrix's gradient from both sides: cheap, less precise, covered by no bound."""
+    intrinsic_dimension = "intrinsic_dimension"
+    """The whole gradient, not by layer (Malladi et al. 2023, Definition D.1)."""
+
+
 class ExecutorName(Enum):
     """Where blocks are computed."""
 

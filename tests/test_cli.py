@@ -85,6 +85,24 @@ def test_doctor_examines_the_problem(model, here, capsys):
     assert "padding" in out
 
 
+def test_a_projected_kernel_says_its_error_and_the_bound(model, here, capsys):
+    changes = {"kernel.projection.method": "rademacher", "kernel.projection.dim": "64"}
+    for command in ("doctor", "plan"):
+        assert main([command, *arguments(model, **changes)]) == 0
+    assert "rademacher to 64" in capsys.readouterr().out
+    for _ in range(2):  # computed, then read from the store
+        assert main(["kernel", *arguments(model, **changes)]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "rademacher projection to 64: relative error" in out
+        assert "on 4 examples, against the exact kernel" in out
+        # 18 examples of 2 outputs: the theorem needs more than 64 numbers to say anything.
+        assert "Theorem D.2 (Malladi et al. 2023), for 36 gradients" in out
+        assert "it says nothing" in out
+    assert main(["verify", "--store", "store"]) == 0
+    assert main(["kernel", *arguments(model, **changes | {"kernel.projection.dim": "65"})]) == 0
+    assert "kernel.projection.dim 64 → 65" in " ".join(capsys.readouterr().err.split())
+
+
 def test_prompt_none_shows_the_linear_probe(model, here, capsys):
     changes = {"prompt": "none", "prompt.template": None, "prompt.words": None}
     assert main(["kernel", *arguments(model, **changes)]) == 0

@@ -81,6 +81,10 @@ def test_one_job_per_combination_in_order():
         ("prompt.template={review} It was", "inner quotes"),
         ("solver.ridge=[-1]", "values ≥ 0"),
         ("solver.f0_scaling=[0]", "values > 0"),
+        ("kernel.projection.method=gausian", "kernel.projection.method"),
+        ("kernel.projection.dim=0", "kernel.projection.dim: found 0"),
+        ("kernel.projection.dim=64", "Set kernel.projection.method"),
+        ("kernel.projection.seed=3", "Set kernel.projection.method"),
         ("compute.workers=0", "compute.workers"),
         ("store.path=${oc.env:THERE_IS_NO_SUCH_VARIABLE}", "THERE_IS_NO_SUCH_VARIABLE"),
     ],
@@ -88,6 +92,20 @@ def test_one_job_per_combination_in_order():
 def test_a_mistake_says_what_was_expected(override, helps):
     with pytest.raises(InputError) as caught:
         compose(override)
+    assert helps in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "helps"),
+    [
+        (["method=rademacher", "kernel.kinds=[sgd,signgd]"], "kernel.kinds: found ['sgd'"),
+        (["method=two_sided", "kernel.projection.dim=509"], "such as 16 x 32 = 512"),
+        (["method=intrinsic_dimension", "solver.groups=[head]"], "solver.groups: found ['head']"),
+    ],
+)
+def test_a_projection_that_cannot_be_is_refused_at_once(overrides, helps):
+    with pytest.raises(InputError) as caught:
+        compose(f"kernel.projection.{overrides[0]}", *overrides[1:])
     assert helps in str(caught.value)
 
 
@@ -112,5 +130,5 @@ def test_differences_name_the_leaves():
 def test_golden_fingerprint_of_the_parts_that_decide_numbers():
     """A change here changes the name of every stored kernel: it must be meant."""
     config = RunConfig()
-    assert fingerprint(plain(config.kernel)) == "48755baead0af404"
+    assert fingerprint(config.kernel.identity) == "48755baead0af404"
     assert fingerprint(plain(config.parameters)) == "1342f090a7b8cf02"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import raykernel
 from raykernel.cli import main
 from raykernel.compose import compose_runs
+from tests import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +39,16 @@ def test_ci_runs_the_test_command():
     )
     assert "python -m pytest" in found.stdout
     assert found.stdout.count("\n") == 1
+
+
+def test_the_example_of_peft_methods_runs():
+    case = cases.transformer_case("roberta")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "LoraConfig" in c]
+    names = {"model": case.model, "readout": case.readout, "batch": case.batch}
+    exec(code, names | {"raykernel": raykernel}, names)
+    kernels = names["kernels"]
+    assert list(kernels) == ["lora, r = 8", "dora, r = 2", "ia3", "bitfit"]
+    assert all(block.shape == (5, 2, 5, 2) for own in kernels.values() for block in own.values())
 
 
 def test_nothing_is_left_to_fill_in():

@@ -22,10 +22,16 @@ those of a transformer block; the columns' factors go before the rows' come:
     columns    resident · q · p
     rows       max(r, q) · max(f, p), or max(r, q) · (s + f_1 + p_1) streamed
 
+Of projected kernels only the sketches of chunks are kept, of row and column chunks alike:
+
+    peak ≈ process + weights + 3 · output block
+                    + 1.1 · (resident · r · sketch + r · (factors as above + g + making) + b · pass)
+
 Which of these fits best is a question of time. Forming the gradients of both sides costs each pair
 of examples c t (1/r + 1/q) products with the weights; packed columns are only unpacked. Rows are
 captured anew for every column chunk, (1 + c) t / q, or (2 + c) t / q if streamed, and so are
-columns that are not kept; a quarter slower where a pass holds one example alone.
+columns that are not kept; a quarter slower where a pass holds one example alone. A projected chunk
+is captured once while it is kept, and the random matrices are made once for all of its examples.
 """
 
 from __future__ import annotations
@@ -99,6 +105,10 @@ class Footprint:
     """Signs of all gradients; None if kernels are wanted that need more of their columns."""
     output: int
     """All layer groups' values of one full cell."""
+    sketch: int = 0
+    """What is kept of an example of a projected kernel; 0 of an exact one."""
+    making: int = 0
+    """Sketches of all its layer groups, before they are added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,8 @@ class Sizes:
     """Whether columns wait as packed signs instead of factors, and rows come as such."""
     peak_bytes: int
     """Estimate of the worker's peak."""
+    sketched: bool = False
+    """Whether chunks are kept as sketches; then `resident` counts row chunks, too."""
 
 
 def chunk_sizes(
@@ -139,9 +151,7 @@ def chunk_sizes(
     Raises:
         InputError: if one row against one column does not fit.
     """
-    limit = int(compute.memory_gb * GIB)
-    fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES
-    fixed += CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
+    limit, fixed = int(compute.memory_gb * GIB), _fixed_bytes(footprint, compute)
 
     def sized(batch: int, rows: int, cols: int, resident: int, stream: bool, packed: bool) -> Sizes:
         joining = footprint.largest * max(rows if rows > batch else 0, cols if cols > batch else 0)
@@ -153,14 +163,7 @@ def chunk_sizes(
 
     ways = _ways(footprint)
     smallest = min((sized(1, 1, 1, *way) for way in ways), key=lambda sizes: sizes.peak_bytes)
-    if smallest.peak_bytes > limit:
-        raise InputError(
-            f"compute.memory_gb: found {compute.memory_gb:g}, expected at least "
-            f"{smallest.peak_bytes / GIB:.2f} GiB for one example against one (weights "
-            f"{footprint.weights / GIB:.2f}, factors {footprint.factors / GIB:.2f} per example, "
-            f"results of a block {footprint.output / GIB:.2f}). Raise it, or lower "
-            "task.max_length or kernel.block_size."
-        )
+    _require_room(smallest, footprint, compute)
     fitting = [
         sizes
         for batch in range(1, min(compute.batch_size, block_size) + 1)
@@ -198,6 +201,86 @@ def _waiting_bytes(
         return columns + rows * alive
     signed = alive + footprint.packed.segment if stream else max(whole, footprint.packed.whole)
     return resident * cols * footprint.packed.whole + max(rows, cols) * signed
+
+
+def sketch_sizes(
+    footprint: Footprint,
+    compute: ComputeConfig,
+    *,
+    block_size: int,
+    num_outputs: int,
+    num_examples: int,
+    matrices: float,
+) -> Sizes:
+    """The same for a projected kernel, both sides of which are captured chunk by chunk.
+
+    Args:
+        footprint: measured bytes.
+        compute: memory and largest batch.
+        block_size: examples on a side of a cell.
+        num_outputs: c.
+        num_examples: of the kernel; more chunks than theirs are not kept.
+        matrices: time of making the random matrices for a chunk, in products of an example's
+            tokens with all weights.
+
+    Returns:
+        The sizes; at least the chunks of one cell are kept.
+
+    Raises:
+        InputError: if chunks of one example do not fit.
+    """
+    limit, fixed = int(compute.memory_gb * GIB), _fixed_bytes(footprint, compute)
+
+    def sized(batch: int, chunk: int, stream: bool, resident: int = 0) -> Sizes:
+        streamed = footprint.stream
+        alive = streamed.kept + streamed.factors if stream and streamed else footprint.factors
+        step = streamed.step if stream and streamed else footprint.forward
+        resident = max(resident, 2 * -(-block_size // chunk))
+        of_chunk = alive + footprint.largest + footprint.making
+        work = resident * chunk * footprint.sketch + chunk * of_chunk + batch * step
+        start = footprint.audit + 2 * footprint.forward
+        peak = fixed + max(start, int(HEAP_SLACK * work))
+        return Sizes(
+            batch, chunk, chunk, resident, stream, packed=False, peak_bytes=peak, sketched=True
+        )
+
+    ways = (False,) if footprint.stream is None else (False, True)
+    smallest = min((sized(1, 1, way) for way in ways), key=lambda sizes: sizes.peak_bytes)
+    _require_room(smallest, footprint, compute)
+    fitting = [
+        sizes
+        for batch in range(1, min(compute.batch_size, block_size) + 1)
+        for chunk in chunks(batch, block_size)
+        for way in ways
+        if (sizes := sized(batch, chunk, way)).peak_bytes <= limit
+    ]
+
+    def slow(sizes: Sizes) -> tuple[float, int]:
+        capture = (1 + num_outputs + sizes.stream) * (1 + 0.25 / sizes.batch)
+        return capture + matrices / sizes.rows, sizes.peak_bytes
+
+    best = min(fitting, key=slow)
+    # Every block has chunks of its own, and train and the others end in one of their own.
+    every = (-(-num_examples // block_size) + 1) * -(-block_size // best.rows)
+    more = range(best.resident, max(best.resident, every) + 1)
+    kept = [sized(best.batch, best.rows, best.stream, count) for count in more]
+    return max((s for s in kept if s.peak_bytes <= limit), key=lambda s: s.resident)
+
+
+def _fixed_bytes(footprint: Footprint, compute: ComputeConfig) -> int:
+    process = CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
+    return footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES + process
+
+
+def _require_room(smallest: Sizes, footprint: Footprint, compute: ComputeConfig) -> None:
+    if smallest.peak_bytes > int(compute.memory_gb * GIB):
+        raise InputError(
+            f"compute.memory_gb: found {compute.memory_gb:g}, expected at least "
+            f"{smallest.peak_bytes / GIB:.2f} GiB for one example against one (weights "
+            f"{footprint.weights / GIB:.2f}, factors {footprint.factors / GIB:.2f} per example, "
+            f"results of a block {footprint.output / GIB:.2f}). Raise it, or lower "
+            "task.max_length or kernel.block_size."
+        )
 
 
 def chunks(batch: int, block_size: int) -> list[int]:
@@ -254,13 +337,14 @@ def halved(sizes: Sizes) -> Sizes:
         sizes: those that were too large.
 
     Returns:
-        Half of each, one at least; no columns kept beside those at work.
+        Half of each, one at least; no columns kept beside those at work, but sketches.
     """
     batch = max(1, sizes.batch // 2)
     rows, cols = (max(batch, size // 2 // batch * batch) for size in (sizes.rows, sizes.cols))
-    return replace(
-        sizes, batch=batch, rows=rows, cols=cols, resident=min(sizes.resident, 1), peak_bytes=0
-    )
+    resident = min(sizes.resident, 1)
+    if sizes.sketched:  # as many examples as before, which are more chunks
+        resident = sizes.resident * -(-sizes.rows // rows)
+    return replace(sizes, batch=batch, rows=rows, cols=cols, resident=resident, peak_bytes=0)
 
 
 def release(device: str) -> None:

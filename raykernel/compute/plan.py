@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from raykernel.compute.memory import Footprint, Sizes
+from raykernel.compute.sketches import Work, blank
 from raykernel.config import KernelConfig
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture
@@ -24,8 +25,10 @@ class WorkerPlan:
     num_parameters: int
     """Parameters that vary."""
     methods: dict[str, str]
-    """Layer group → direct, factored, packed, or what its parts are (lookup, rows); no cross
-    groups."""
+    """Layer group → direct, factored, packed, or what its parts are (lookup, rows), or the
+    projection; no cross groups."""
+    num_groups: int
+    """Layer groups of a block, cross groups included."""
     fallbacks: dict[str, str]
     """Parameters without a rule: differentiated through their module or the whole model."""
     capture_flops: float
@@ -49,6 +52,8 @@ def plan_of(
     rates: Rates,
     streamed: Collection[nn.Module],
     fallbacks: dict[str, str],
+    num_groups: int,
+    work: Work | None,
 ) -> WorkerPlan:
     """The plan of a worker.
 
@@ -62,6 +67,8 @@ def plan_of(
         rates: of the device.
         streamed: transformer blocks that are gone through backwards; empty: all of the model is.
         fallbacks: parameters that no rule covers.
+        num_groups: of a block.
+        work: what projecting examples takes; None: the kernel is exact.
 
     Returns:
         The plan.
@@ -69,6 +76,8 @@ def plan_of(
     pieces = math.ceil(kernel.block_size / sizes.rows) * math.ceil(kernel.block_size / sizes.cols)
     methods: dict[str, str] = {}
     flops = seconds = 0.0
+    if work is not None:
+        capture = blank(capture, kernel.projection)
     for group, by_name in capture.parts.items():
         found = [
             contract.method_of(
@@ -83,20 +92,27 @@ def plan_of(
             for part in parts
         ]
         methods[group] = "+".join(sorted({way.name for way in found}))
+        if work is not None:
+            methods[group] = f"{kernel.projection.method.value} to {kernel.projection.dim}"
         flops += pieces * sum(way.flops for way in found)
         seconds += pieces * sum(way.seconds for way in found)
     packing = contract.packing(capture, rates=rates) if sizes.packed else None
     per_token = token_flops(module, capture.logits.shape[1], streamed=streamed, again=sizes.stream)
+    capture_flops = num_tokens * per_token
+    capture_seconds = rates.seconds(capture_flops, 0.0)
+    if work is not None:
+        capture_flops += work.flops
+        capture_seconds += work.seconds(sizes.rows, rates) / sizes.rows
     return WorkerPlan(
         footprint=footprint,
         sizes=sizes,
         num_parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         methods=methods,
+        num_groups=num_groups,
         fallbacks=fallbacks,
-        capture_flops=num_tokens * per_token + (packing.flops if packing else 0.0),
+        capture_flops=capture_flops + (packing.flops if packing else 0.0),
         block_flops=flops,
-        capture_seconds=rates.seconds(num_tokens * per_token, 0.0)
-        + (packing.seconds if packing else 0.0),
+        capture_seconds=capture_seconds + (packing.seconds if packing else 0.0),
         block_seconds=seconds,
     )
 

@@ -15,21 +15,23 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 
-from raykernel.compute import memory
+from raykernel.compute import memory, sketches
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
+from raykernel.compute.sketches import Work
 from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, ParametersConfig
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.packed import SignedCapture, packed_bytes, signed_capture
+from raykernel.ntk.project import join
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem, set_matmul_precision
@@ -177,6 +179,8 @@ class Worker:
                 del capture
         if self._spec.kernel.precision.is_reduced and not self._handle.has_pinned("precision"):
             self._handle.pin("precision", self._precision_error())
+        if self._spec.kernel.projection.is_on and not self._handle.has_pinned("projection"):
+            self._handle.pin("projection", self._projection_error())
         memory.trim_heap()
 
     def _precision_error(self) -> dict[str, Json]:
@@ -202,6 +206,17 @@ class Worker:
             "examples": len(self._longest),
         }
 
+    def _projection_error(self) -> dict[str, Json]:
+        """Errors of a projection on the first examples, beside the bound for all of them."""
+        num_examples = len(self._spec.encoded.input_ids)
+        return sketches.distortion(
+            self._factors(range(min(sketches.SAMPLE, self._sizes.rows, num_examples))),
+            self._spec.kernel.projection,
+            num_gradients=num_examples * self._spec.num_labels,
+            rates=self._rates,
+            max_bytes=memory.GRAM_BYTES,
+        )
+
     def plan(self) -> WorkerPlan:
         """Memory, chunks, operations and methods of a full cell; computes no block.
 
@@ -218,6 +233,8 @@ class Worker:
             rates=self._rates,
             streamed=self._streamer.blocks,
             fallbacks=self._tracer.fallbacks,
+            num_groups=len(self._groups),
+            work=self._work if self._spec.kernel.projection.is_on else None,
         )
 
     # ------------------------------------------------------------ numbers
@@ -253,7 +270,7 @@ class Worker:
         shape = (len(cell.rows), c, len(cell.cols), c)
         dtype = np.dtype(handle.manifest.dtype)
         values = {
-            kind.value: {group: np.empty(shape, dtype) for group in self._tracer.groups}
+            kind.value: {group: np.empty(shape, dtype) for group in self._groups}
             for kind in self._spec.kernel.stored_kinds
         }
         logits = np.empty((len(cell.rows), c))
@@ -276,7 +293,7 @@ class Worker:
         if rows == cols:
             yield from ((capture, capture) for capture in self._column(cols))
         else:
-            kept_rows = self._column(rows, keep=self._keeps_all)
+            kept_rows = self._column(rows, keep=self._sizes.sketched or self._keeps_all)
             yield from zip(kept_rows, self._column(cols), strict=True)
 
     def _contract(self, left: Side, right: Side) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -323,7 +340,17 @@ class Worker:
             )
 
     def _segments(self, examples: range) -> Iterator[Capture]:
-        """Captures of a chunk: one transformer block's factors at a time, or all at once."""
+        """Captures of a chunk; of a projected kernel one, its sketch."""
+        projection = self._spec.kernel.projection
+        if not projection.is_on:
+            yield from self._factors(examples)
+            return
+        self._predicted += self._work.seconds(len(examples), self._rates)
+        make = partial(sketches.sketch, projection=projection, max_bytes=memory.GRAM_BYTES)
+        yield join(map(make, self._factors(examples)))
+
+    def _factors(self, examples: range) -> Iterator[Capture]:
+        """Factors of a chunk: one transformer block's at a time, or all at once."""
         num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
         self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
         batches = [self._batch(b) for b in _split(examples, self._sizes.batch)]
@@ -345,6 +372,18 @@ class Worker:
         signs = any(kind.has_signs for kind in self._spec.kernel.kinds)
         return Tracer(self._problem.module, self._problem.readout, signs=signs)
 
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        """Layer groups of a block."""
+        return sketches.stored_groups(self._spec.kernel.projection, self._tracer.groups)
+
+    @cached_property
+    def _work(self) -> Work:
+        """What projecting examples like the longest takes."""
+        capture = self._tracer.capture(self._batch(self._longest[:1]))
+        parts = (p for by_name in capture.parts.values() for own in by_name.values() for p in own)
+        return sketches.work_of(parts, self._spec.kernel.projection)
+
     @cached_property
     def _rates(self) -> Rates:
         """Of the kernel's first worker: they choose the way of summation, and so its rounding."""
@@ -359,6 +398,14 @@ class Worker:
             streamed=self._streamer.blocks,
             again=self._sizes.stream,
         )
+
+    @property
+    def _product_flops(self) -> float:
+        """Of the longest example's tokens with all weights: a pass has one, and one per output."""
+        outputs, blocks = self._spec.num_labels, self._streamer.blocks
+        of_token = token_flops(self._problem.module, outputs, streamed=blocks, again=False)
+        num_tokens = len(self._spec.encoded.input_ids[self._longest[0]])
+        return max(of_token * num_tokens / (1 + outputs), 1.0)
 
     @cached_property
     def _streamer(self) -> Streamer:
@@ -388,7 +435,8 @@ class Worker:
             forward=self._tracer.bytes_per_example(batch),
             stream=stream,
             packed=self._packed_bytes(capture) if contract.needs_signs_only(kinds) else None,
-            output=len(self._tracer.groups) * len(kinds) * edge * edge * itemsize,
+            output=len(self._groups) * len(kinds) * edge * edge * itemsize,
+            **sketches.num_bytes(capture, self._spec.kernel.projection),
         )
 
     def _packed_bytes(self, capture: Capture) -> PackedBytes:
@@ -400,6 +448,16 @@ class Worker:
     @cached_property
     def _sizes(self) -> Sizes:
         block_size = self._spec.kernel.block_size
+        if self._spec.kernel.projection.is_on:
+            footprint = self._footprint
+            return memory.sketch_sizes(
+                footprint,
+                self._spec.compute,
+                block_size=block_size,
+                num_outputs=self._spec.num_labels,
+                num_examples=len(self._spec.encoded.input_ids),
+                matrices=self._work.chunk_flops / self._product_flops,
+            )
         return memory.chunk_sizes(
             self._footprint,
             self._spec.compute,

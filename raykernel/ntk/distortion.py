@@ -77,6 +77,27 @@ def error_bound(dimension: int, *, failure: float, num_rows: int) -> float:
     return (1 + 2 * math.cos((angle - 2 * math.pi) / 3)) / 3
 
 
+def failure_bound(error: float, *, dimension: int, num_rows: int) -> float:
+    """Probability with which Theorem D.2 allows an error to be exceeded for some pair.
+
+        4 N² exp(-(ε² - ε³) k / 4)
+
+    Args:
+        error: ε, relative to c (or to |g| |g'|); beyond 2/3 the bound at 2/3 is the better one.
+        dimension: k.
+        num_rows: N, gradients in the kernel: examples times outputs.
+
+    Returns:
+        The bound; above 1 it says nothing.
+
+    Raises:
+        InputError: if a number is not positive.
+    """
+    _check(0.5, error=error, dimension=dimension, num_rows=num_rows)
+    eps = min(error, _BEST)
+    return 4 * num_rows**2 * math.exp(-(eps**2 - eps**3) * dimension / 4)
+
+
 def lora_rank_needed(
     error: float, *, failure: float, num_rows: int, bound: float = 1.0, num_layers: int = 1
 ) -> int:

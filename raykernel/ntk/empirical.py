@@ -64,8 +64,8 @@ def empirical_kernel(
         raise InputError(f"batch_size: found {batch_size}, expected at least 1.")
     tracer = Tracer(model, readout, signs=signs)
     wanted = None if groups is None else select_groups(tracer.groups, groups)
-    row_capture = _capture(tracer, rows, batch_size)
-    col_capture = row_capture if cols is None else _capture(tracer, cols, batch_size)
+    row_capture = capture_in_batches(tracer, rows, batch_size)
+    col_capture = row_capture if cols is None else capture_in_batches(tracer, cols, batch_size)
     if row_capture.logits.shape[1] != col_capture.logits.shape[1]:
         raise InputError(
             f"readout gave {row_capture.logits.shape[1]} outputs for rows and "
@@ -111,7 +111,8 @@ def _kind(kind: str | Kind) -> Kind:
     return known[kind] if isinstance(kind, str) else kind
 
 
-def _capture(tracer: Tracer, batch: dict[str, Tensor], batch_size: int) -> Capture:
+def capture_in_batches(tracer: Tracer, batch: dict[str, Tensor], batch_size: int) -> Capture:
+    """Capture of all examples, in passes of `batch_size` of them at the most."""
     n = check_batch(batch)
     pieces = [
         {key: value[start : start + batch_size] for key, value in batch.items()}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -123,6 +123,29 @@ def intrinsic_dimension(
     return Capture(capture.logits, {WHOLE: whole}, {})
 
 
+def join(sketches: Iterable[Capture]) -> Capture:
+    """Sketches of different parameters of the same examples as one.
+
+    Groups that occur in several are added: the sketch of a whole gradient is the sum of those of
+    its pieces, so that a model may be captured and projected layer by layer.
+
+    Args:
+        sketches: at least one, each of other parameters; taken one at a time.
+
+    Returns:
+        All their groups and cross groups.
+    """
+    parts: Parts = {}
+    crosses: dict[str, tuple[str, str]] = {}
+    for sketch in sketches:
+        logits = sketch.logits
+        crosses |= sketch.crosses
+        for group, by_name in sketch.parts.items():
+            own = [p for known in (parts.get(group, {}), by_name) for p in known.get(SKETCH, ())]
+            parts[group] = {SKETCH: (_sum(own),)} if own else {}
+    return Capture(logits, parts, crosses)
+
+
 def _by_group(capture: Capture, sketch: Callable[[str, Part], Tensor]) -> Capture:
     parts: Parts = {}
     for group, by_name in capture.parts.items():
@@ -132,7 +155,7 @@ def _by_group(capture: Capture, sketch: Callable[[str, Part], Tensor]) -> Captur
 
 
 def _sum(parts: Sequence[Part]) -> Rows:
-    total = torch.stack([part.gradients for part in parts]).sum(0)
+    total = reduce(torch.add, [part.gradients for part in parts])
     return Rows(total, total.shape[2])
 
 

@@ -6,7 +6,8 @@
       logits-<iiii>.arrow        one per row block: the initial logits, float64
       block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
       head.arrow                 linear head, where there is one
-      rates.json, precision.json what the first worker measured, see `pin`
+      rates.json, precision.json, projection.json
+                                 what the first worker measured, see `pin`
       result-<key>.parquet       result rows (results.py)
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.

@@ -150,7 +150,7 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
 def _check_other(handle: KernelHandle, file: Path) -> None:
     if file.name == "head.arrow":
         read(file, check=True)
-    elif file.name in ("rates.json", "precision.json"):
+    elif file.name in ("rates.json", "precision.json", "projection.json"):
         handle.read_pinned(file.stem)
     elif file.match("result-*.parquet"):
         read_row_file(file, TABLES["kernels"].schema)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from raykernel.compute.memory import (
     GIB,
     Footprint,
     PackedBytes,
+    Sizes,
     chunk_sizes,
+    halved,
     peak_resident_bytes,
+    sketch_sizes,
     slowness,
 )
 from raykernel.config import ComputeConfig
@@ -74,6 +78,51 @@ def test_more_memory_never_makes_chunks_slower(footprint: Footprint) -> None:
     assert sizes[-1].resident > 1
 
 
+SKETCHED = [dataclasses.replace(f, sketch=MIB // 2, making=MIB) for f in (FOOTPRINT, STREAMED)]
+
+
+def sizes_of_sketches(footprint: Footprint, memory_gb: float, **options: int) -> Sizes:
+    sizes = {"block_size": 16, "num_examples": 200} | options
+    compute = ComputeConfig(memory_gb=memory_gb)
+    return sketch_sizes(footprint, compute, **sizes, num_outputs=2, matrices=50.0)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "block_size", "footprint"),
+    list(product([1.25, 1.5, 2.0, 16.0], [1, 7, 16], SKETCHED)),
+)
+def test_sketches_of_a_cell_fit_and_no_more_than_there_are_are_kept(
+    memory_gb: float, block_size: int, footprint: Footprint
+) -> None:
+    sizes = sizes_of_sketches(footprint, memory_gb, block_size=block_size)
+    assert sizes.sketched
+    assert sizes.peak_bytes <= memory_gb * GIB
+    assert sizes.rows == sizes.cols <= block_size
+    assert sizes.rows == block_size or sizes.rows % sizes.batch == 0
+    chunks = math.ceil(block_size / sizes.rows)
+    assert sizes.resident >= 2 * chunks
+    assert sizes.resident <= max(2, math.ceil(200 / block_size) + 1) * chunks
+
+
+def test_more_memory_projects_more_examples_by_the_same_matrices() -> None:
+    large = [dataclasses.replace(SKETCHED[0], factors=n * MIB) for n in (20, 40)]
+    for footprint in large:
+        rows = [sizes_of_sketches(footprint, gb / 4).rows for gb in range(5, 12)]
+        assert rows == sorted(rows)
+        assert rows[0] < rows[-1] == 16
+        assert sizes_of_sketches(footprint, 16.0).resident >= 200 / 16
+    with pytest.raises(InputError, match="memory_gb: found 1, expected at least 1"):
+        sizes_of_sketches(SKETCHED[0], 1.0)
+
+
+def test_halved_chunks_keep_the_sketches_of_as_many_examples() -> None:
+    sizes = sizes_of_sketches(SKETCHED[1], 16.0)
+    smaller = halved(sizes)
+    assert smaller.rows == smaller.cols == sizes.rows // 2
+    assert smaller.resident == 2 * sizes.resident
+    assert smaller.sketched
+
+
 def test_streaming_makes_a_small_memory_faster() -> None:
     small, large = (ComputeConfig(memory_gb=gb) for gb in (1.25, 16.0))
     for compute, streams in ((small, True), (large, False)):
@@ -116,14 +165,17 @@ def test_the_peak_is_this_processes_own() -> None:
 MEASURE = """
 import json, sys, time
 from pathlib import Path
+from dataclasses import replace
 from raykernel.compute.memory import peak_resident_bytes
-from raykernel.config import ModelConfig
-from raykernel.terms import Architecture
+from raykernel.config import ModelConfig, ProjectionConfig
+from raykernel.terms import Architecture, Projection
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 num_rows, memory_gb = int(sys.argv[3]), float(sys.argv[4])
 spec = make_spec(Path(sys.argv[1]), model, num_train=8, num_rows=num_rows, block_size=8,
                  encoded=texts(num_rows, shortest=60, longest=64), memory_gb=memory_gb)
+projection = ProjectionConfig(Projection[sys.argv[5]])
+spec = replace(spec, kernel=replace(spec.kernel, projection=projection))
 work = spec.blocks()
 start = time.process_time()
 for cell in handle_of(spec).missing():
@@ -178,8 +230,10 @@ def test_when_memory_runs_out_chunks_are_halved(tmp_path: Path) -> None:
     np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
-def measure(folder: Path, model: str, num_rows: int, memory_gb: float) -> dict[str, float]:
-    arguments = [str(folder), model, str(num_rows), str(memory_gb)]
+def measure(
+    folder: Path, model: str, num_rows: int, memory_gb: float, projection: str = "none"
+) -> dict[str, float]:
+    arguments = [str(folder), model, str(num_rows), str(memory_gb), projection]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, cwd=ROOT
     )
@@ -198,3 +252,11 @@ def test_memory_is_flat_and_time_linear_in_the_rows(tmp_path: Path) -> None:
     assert many["peak"] < few["peak"] + 64 * MIB
     # 2 cells against 11, and as much again for whatever else the process does.
     assert many["seconds"] / few["seconds"] < 2 * 11 / 2
+
+
+def test_a_projected_kernel_stays_inside_the_memory(tmp_path: Path) -> None:
+    """Factors of 48 examples would be 240 MiB, those of a block 40 MiB; sketches are 12 MiB."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}
+    model = save_model(tmp_path / "model", num_hidden_layers=4, **sizes).name
+    found = measure(tmp_path / "a", model, 48, 0.92, "rademacher")
+    assert found["receipt"] == found["peak"] < 0.92 * GIB

@@ -13,6 +13,7 @@ from raykernel.errors import InputError
 from raykernel.ntk.distortion import (
     dimension_needed,
     error_bound,
+    failure_bound,
     lora_error_bound,
     lora_rank_needed,
     projection_error,
@@ -44,6 +45,13 @@ def test_error_is_where_the_theorem_reaches_the_failure_probability(k, failure, 
         assert 0 < error <= 2 / 3 + 1e-6
         exponent = math.log(failure_probability(error, k, num_rows) / failure)
         assert abs(exponent) < 1e-6 * math.log(4 * num_rows**2 / failure)
+
+
+@given(error=st.floats(0.01, 3.0), k=st.integers(1, 10**5), num_rows=counts)
+def test_failure_bound_is_the_theorems_and_never_rises_with_the_error(error, k, num_rows):
+    found = failure_bound(error, dimension=k, num_rows=num_rows)
+    assert found == pytest.approx(failure_probability(min(error, 2 / 3), k, num_rows))
+    assert failure_bound(1.1 * error, dimension=k, num_rows=num_rows) <= found * (1 + 1e-9)
 
 
 def test_large_errors_need_no_more_than_smaller_ones():
@@ -119,6 +127,7 @@ def test_projection_error_is_the_largest_relative_to_the_lengths():
         (lambda: dimension_needed(0.1, failure=1.0, num_rows=3), "failure"),
         (lambda: error_bound(0, failure=0.1, num_rows=3), "dimension"),
         (lambda: error_bound(9, failure=0.1, num_rows=0), "num_rows"),
+        (lambda: failure_bound(0.0, dimension=3, num_rows=3), "error"),
         (lambda: lora_rank_needed(0.1, failure=0.1, num_rows=3, bound=-1.0), "bound"),
         (lambda: lora_error_bound(0, failure=0.1, num_rows=3), "rank"),
         (lambda: lora_error_bound(9, failure=0.1, num_rows=3, num_layers=0), "num_layers"),

@@ -14,7 +14,13 @@ from raykernel.ntk.contract import gram
 from raykernel.ntk.distortion import error_bound, projection_error
 from raykernel.ntk.factors import Lookup, Product, Rows
 from raykernel.ntk.groups import layer_groups
-from raykernel.ntk.project import WHOLE, intrinsic_dimension, project, project_two_sided
+from raykernel.ntk.project import (
+    WHOLE,
+    intrinsic_dimension,
+    join,
+    project,
+    project_two_sided,
+)
 from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from tests import cases, oracles
 from tests.cases import normal
@@ -310,6 +316,19 @@ def test_batches_and_their_order_change_nothing(name):
             scale = part.gradients.norm()
             assert (other.gradients - part.gradients[order]).norm() < 1e-10 * scale + 1e-14
     assert joined.groups == whole.groups
+
+
+@pytest.mark.parametrize("name", list(PROJECTIONS))
+def test_sketches_of_layers_by_themselves_join_to_that_of_the_model(name):
+    """Of the tied groups together and the third alone, as a model is captured in segments."""
+    capture, _ = two_uses_of_one_matrix()
+    third = {"c": {"c.bias": (make_part("rows", 2, 4),)}}
+    whole = Capture(capture.logits, capture.parts | third, capture.crosses)
+    segments = [Capture(capture.logits, third, {}), capture]
+    expected = PROJECTIONS[name](whole, 2, Entries.rademacher)
+    found = join(PROJECTIONS[name](segment, 2, Entries.rademacher) for segment in segments)
+    assert found.crosses == expected.crosses
+    assert_same(gram(found, found), gram(expected, expected))
 
 
 def test_blocks_of_groups_are_the_intrinsic_kernel_without_the_products_of_groups():
