@@ -221,6 +221,8 @@ class KernelConfig:
     """Gradients this small against the terms that they are the sum of have sign 0."""
     block_size: int = 16
     """Examples on a side of a block. Larger: fewer passes, more memory, more lost in a crash."""
+    test_block: bool = False
+    """Store the kernel of test with train, too; prediction needs it for signgd alone."""
 
     def __post_init__(self) -> None:
         require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
@@ -232,6 +234,24 @@ class KernelConfig:
         """Kinds in a block: an asymmetric one with its other side, which blocks not stored need."""
         both = [kind for chosen in self.kinds for kind in (chosen, chosen.flipped)]
         return list(dict.fromkeys(both))
+
+    @property
+    def solved_kinds(self) -> list[Kind]:
+        """Kinds that kernel regression is solved for: ridge regression wants symmetric ones."""
+        return [kind for kind in self.kinds if kind.is_symmetric]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether test is predicted without its kernel: signs on both sides leave no short way."""
+        signs = any(kind.has_signs for kind in self.solved_kinds)
+        return bool(self.solved_kinds) and not signs and not self.test_block
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What decides the kernel's numbers: all but how much of it is stored."""
+        settings = dataclasses.asdict(self)
+        del settings["test_block"]
+        return {name: plain(value) for name, value in settings.items()}
 
 
 @dataclass(frozen=True)

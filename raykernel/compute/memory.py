@@ -37,6 +37,7 @@ import torch
 
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
+from raykernel.ntk.product import ProductBytes
 from raykernel.ntk.stream import StreamBytes
 
 GIB = 1 << 30
@@ -78,6 +79,8 @@ class Footprint:
     """The same block by block; None if the model cannot be streamed."""
     output: int
     """All layer groups' values of one full cell."""
+    product: ProductBytes | None = None
+    """What predicting test without its kernel takes; None if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,7 @@ def chunk_sizes(
         InputError: if one row against one column does not fit.
     """
     limit = int(compute.memory_gb * GIB)
-    fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES
-    fixed += CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
+    fixed = footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES + _process_bytes(compute)
 
     def sized(batch: int, rows: int, cols: int, resident: int, stream: bool) -> Sizes:
         whole, streamed = footprint.factors, footprint.stream
@@ -128,7 +130,9 @@ def chunk_sizes(
         columns = resident * cols * whole if resident else cols * alive
         work = int(HEAP_SLACK * (columns + rows * alive + batch * step + joining))
         start = footprint.audit + 2 * footprint.forward
-        return Sizes(batch, rows, cols, resident, stream, fixed + max(start, work))
+        # So that a run whose blocks fit does not fail at the end, when test is predicted.
+        last = 0 if footprint.product is None else footprint.product.of(1)
+        return Sizes(batch, rows, cols, resident, stream, fixed + max(start, work, last))
 
     ways = [(1, False)] if footprint.stream is None else [(1, False), (1, True), (0, True)]
     smallest = min((sized(1, 1, 1, *way) for way in ways), key=lambda sizes: sizes.peak_bytes)
@@ -152,6 +156,39 @@ def chunk_sizes(
     more = range(1, MAX_RESIDENT + 1) if best.resident else ()
     kept = [sized(best.batch, best.rows, best.cols, count, best.stream) for count in more]
     return max((s for s in (best, *kept) if s.peak_bytes <= limit), key=lambda s: s.resident)
+
+
+def product_batch(weights: int, product: ProductBytes, compute: ComputeConfig) -> int:
+    """Examples of a pass that J w and Jᵀ α may take.
+
+    Args:
+        weights: bytes of the model.
+        product: bytes of a product.
+        compute: memory and largest batch.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: if one example does not fit.
+    """
+    limit = int(compute.memory_gb * GIB)
+    fixed = weights + GRAM_BYTES + _process_bytes(compute)
+    sizes = range(compute.batch_size, 0, -1)
+    fitting = (n for n in sizes if fixed + HEAP_SLACK * product.of(n) <= limit)
+    if found := next(fitting, 0):
+        return found
+    needed = fixed + HEAP_SLACK * product.of(1)
+    raise InputError(
+        f"compute.memory_gb: found {compute.memory_gb:g}, expected at least {needed / GIB:.2f} GiB "
+        f"to predict one test example without its kernel (weights {weights / GIB:.2f}, a direction "
+        f"of the parameters with its gradients {product.fixed / GIB:.2f}). Raise it, lower "
+        "task.max_length, or choose fewer layers with solver.groups."
+    )
+
+
+def _process_bytes(compute: ComputeConfig) -> int:
+    return CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
 
 def chunks(batch: int, block_size: int) -> list[int]:
@@ -228,6 +265,13 @@ def trim_heap() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def peak_bytes(device: str) -> int:
+    """Largest memory of this process so far: reserved on a GPU, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_reserved(device)
+    return peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:

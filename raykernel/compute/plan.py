@@ -35,6 +35,12 @@ class WorkerPlan:
     """Predicted time of capturing one example."""
     block_seconds: float
     """Predicted time of contracting one full cell."""
+    product_flops: float
+    """Operations of J w, and of an ordinary forward and backward pass, over one example."""
+    product_seconds: float
+    """Predicted time of either."""
+    groups: tuple[str, ...]
+    """Every layer group, cross groups included."""
 
 
 def plan_of(
@@ -78,6 +84,9 @@ def plan_of(
         flops += pieces * sum(way.flops for way in found)
         seconds += pieces * sum(way.seconds for way in found)
     per_token = token_flops(module, capture.logits.shape[1], streamed=streamed, again=sizes.stream)
+    # Per weight one product forward and two more, for the gradients of inputs and weights or for
+    # the tangents by them: as many as a capture of two outputs takes.
+    product = num_tokens * token_flops(module, 2, streamed=streamed, again=False)
     return WorkerPlan(
         footprint=footprint,
         sizes=sizes,
@@ -88,6 +97,9 @@ def plan_of(
         block_flops=flops,
         capture_seconds=rates.seconds(num_tokens * per_token, 0.0),
         block_seconds=seconds,
+        product_flops=product,
+        product_seconds=rates.seconds(product, 0.0),
+        groups=capture.groups,
     )
 
 
