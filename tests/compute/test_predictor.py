@@ -173,18 +173,17 @@ from raykernel.config import ModelConfig
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
 from raykernel.terms import Architecture
 from tests.compute.tiny_problem import handle_of, make_spec, texts
-limit = int(sys.argv[3])
+limit, length, memory_gb = int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 if limit:  # it counts addresses, which a heap keeps although it gives back their memory
     memory.keep_heap_ready = lambda: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
-spec = make_spec(Path(sys.argv[1]), model, num_train=32, num_rows=64, block_size=32, batch_size=32,
-                 encoded=texts(64, shortest=500, longest=510), memory_gb=float(sys.argv[4]))
-alpha = np.random.default_rng(0).standard_normal((32, 2))
-groups = tuple(spec.kernel.kinds and json.loads(sys.argv[5]))
-solution = Solution("sgd", groups, 0.1, math.inf)
+spec = make_spec(Path(sys.argv[1]), model, num_train=8, num_rows=16, block_size=8, batch_size=8,
+                 encoded=texts(16, shortest=length - 9, longest=length), memory_gb=memory_gb)
+alpha = np.random.default_rng(0).standard_normal((8, 2))
+solution = Solution("sgd", tuple(json.loads(sys.argv[6])), 0.1, math.inf)
 predictor = PredictionSpec(spec, solution, alpha)
 work = predictor.row_blocks()
-size = work.__self__._batch
+batch = work.__self__._batch
 memory.release("cpu")
 if limit:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -194,16 +193,20 @@ handle = handle_of(spec)
 for i in missing_predictions(handle, solution, handle.grid.test):
     receipt = work(i)
 found = read_predictions(handle, solution, handle.grid.test)
-json.dump({"halved": receipt.halved, "batch": size, "peak": receipt.peak_memory_bytes,
+json.dump({"halved": receipt.halved, "batch": batch, "peak": receipt.peak_memory_bytes,
            "fitted": found.tolist()}, sys.stdout)
 """
 
 
-def measured(folder: Path, model: ModelConfig, limit: int, memory_gb: float) -> dict[str, object]:
+def measured(
+    folder: Path, *, limit: int = 0, length: int, memory_gb: float = 4.0
+) -> dict[str, object]:
+    """Predictions of eight examples in a process with `limit` bytes to spare, or with any."""
+    model = save_model(folder / "model", num_attention_heads=8)
     groups = ["roberta.encoder.layer.0.output.dense", "roberta.encoder.layer.1.output.dense"]
-    arguments = [str(folder), model.name, str(limit), str(memory_gb), json.dumps(groups)]
+    options = [str(limit), str(length), str(memory_gb), json.dumps(groups)]
     done = subprocess.run(
-        [sys.executable, "-c", PREDICT, *arguments],
+        [sys.executable, "-c", PREDICT, str(folder / "store"), model.name, *options],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -216,19 +219,20 @@ def measured(folder: Path, model: ModelConfig, limit: int, memory_gb: float) -> 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size from /proc")
 def test_when_memory_runs_out_batches_are_halved(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", num_attention_heads=4, intermediate_size=64)
-    plenty = measured(tmp_path / "a", model, 0, 4.0)
-    little = measured(tmp_path / "b", model, 200 * MIB, 4.0)
-    bound = measured(tmp_path / "c", model, 0, 0.8)
-    assert (plenty["halved"], plenty["batch"]) == (0, 32)
+    plenty = measured(tmp_path / "a", length=300)
+    little = measured(tmp_path / "b", length=300, limit=36 * MIB)
+    assert (plenty["halved"], plenty["batch"]) == (0, 8)
     assert little["halved"]
-    assert bound["halved"] == 0
-    assert bound["batch"] < 32
-    assert bound["peak"] < 0.8 * GIB < plenty["peak"]  # type: ignore[operator]
-    for other in (little, bound):
-        expected = np.array(plenty["fitted"])
-        atol = 1e-5 * np.abs(expected).max()
-        np.testing.assert_allclose(np.array(other["fitted"]), expected, rtol=0, atol=atol)
+    expected, found = np.array(plenty["fitted"]), np.array(little["fitted"])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_predicting_worker_stays_inside_its_memory(tmp_path: Path) -> None:
+    """Eight examples at once would take 865 MiB."""
+    found = measured(tmp_path, length=510, memory_gb=0.8)
+    assert found["halved"] == 0
+    assert 1 <= found["batch"] < 8  # type: ignore[operator]
+    assert found["peak"] < 0.8 * GIB  # type: ignore[operator]
 
 
 # ------------------------------------------------------------------ on Ray
