@@ -344,7 +344,8 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
         if not kind.is_symmetric:
             screen.say(
                 f"Note: {kind.value} is not symmetric, so that ridge regression does not apply; "
-                f"its blocks are stored: open_store(…).kernel(kind={kind.value!r})"
+                f"its blocks are stored: open_store(…).kernel(kind={kind.value!r}, "
+                f"rows={wanted_rows(config, prepared.grid)})"
             )
     screen.table(
         ["", f"{metric} (test)", "dev", "ridge", "f0 scaling", "condition number"],

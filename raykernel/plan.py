@@ -80,9 +80,8 @@ class Plan:
         rows = sum(len(cell.rows) for cell in self.missing if cell.rows != cell.cols)
         columns = sum(map(len, {cell.cols for cell in self.missing}))
         captures = rows + columns * self.prepared.config.compute.workers
-        full = self.prepared.grid.block_size**2
-        cells = sum(len(cell.rows) * len(cell.cols) / full for cell in self.missing)
-        return captures * self._mean_length, cells
+        entries = sum(len(cell.rows) * len(cell.cols) for cell in self.missing)
+        return captures * self._mean_length, entries / self.prepared.grid.block_size**2
 
     @property
     def _products(self) -> float:
