@@ -75,12 +75,16 @@ def stored_predictions(handle: KernelHandle) -> np.ndarray:
     return read_predictions(handle, solution, handle.grid.test)
 
 
+def labels_of(handle: KernelHandle) -> np.ndarray:
+    return (np.array(handle.examples()["label"].to_pylist()) == "positive").astype(int)
+
+
 def through_the_kernel(
     handle: KernelHandle, row: dict[str, object], groups: list[str]
 ) -> np.ndarray:
     """K(test, train) α of the ridge and the scaling that a row of results names."""
-    grid, examples = handle.grid, handle.examples()
-    labels = (np.array(examples["label"].to_pylist()) == "positive").astype(int)
+    grid = handle.grid
+    labels = labels_of(handle)
     train = range(grid.num_cols)
     solution = solve_ridge(
         handle.kernel(groups or None, rows=train),
@@ -100,7 +104,8 @@ def test_both_ways_give_the_same_predictions_and_scores(
     model: Path, here: Path, precision: str, tolerance: float, groups: list[str]
 ) -> None:
     changes = {"kernel.precision": precision, "solver.groups": f"[{','.join(groups)}]"}
-    changes["solver.ridge"] = "[0.01,0.1]"
+    # A small divisor: the initial logits decide many a prediction.
+    changes |= {"solver.ridge": "[0.01,0.1]", "solver.f0_scaling": "[0.2]"}
     short = run(model, **changes)
     (by_tangent,) = rows()
     assert (short.regression.by, short.regression.num_computed) == (PredictedBy.tangent, 7)
@@ -118,6 +123,10 @@ def test_both_ways_give_the_same_predictions_and_scores(
     expected = through_the_kernel(handle, by_block, groups)
     found = stored_predictions(handle)
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    test = handle.grid.test
+    h = expected + handle.logits(test) / by_block["f0_scaling"]  # type: ignore[operator]
+    accuracy = (h.argmax(1) == labels_of(handle)[test.start :]).mean()
+    assert by_tangent["kernel_regression"] == accuracy
     # What is stored is used: neither blocks nor predictions are computed any more.
     again = run(model, **changes)
     assert (again.completion.blocks_computed, again.regression.num_computed) == (0, 0)

@@ -210,7 +210,6 @@ def measured(
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if limit else {}),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, object] = json.loads(done.stdout)
