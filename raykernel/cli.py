@@ -27,7 +27,8 @@ Neural tangent kernels of language models, per layer.
 commands that run a configuration (arguments are Hydra overrides; try --help, --cfg job, -m):
   plan      what a run would do: examples, blocks, FLOPs, memory; computes nothing
   doctor    checks environment and problem before a run
-  kernel    completes the kernel blocks, solves kernel regression, prints and stores the results
+  kernel    completes the kernel blocks, solves kernel regression, predicts test, prints and
+            stores the results
 
 commands over a store (try --help):
   query     SQL over the result store

@@ -271,6 +271,8 @@ class KernelConfig:
     """Examples on a side of a block. Larger: fewer passes, more memory, more lost in a crash."""
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     """Random projection of gradients."""
+    test_block: bool = False
+    """Store the kernel of test with train, too; prediction needs it for signgd alone."""
 
     def __post_init__(self) -> None:
         require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
@@ -291,10 +293,27 @@ class KernelConfig:
         return list(dict.fromkeys(both))
 
     @property
+    def solved_kinds(self) -> list[Kind]:
+        """Kinds that kernel regression is solved for: ridge regression wants symmetric ones."""
+        return [kind for kind in self.kinds if kind.is_symmetric]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether test is predicted without its kernel.
+
+        Signs on both sides leave no short way, and the product J w is not of projected gradients.
+        """
+        exact = not self.projection.is_on and not any(k.has_signs for k in self.solved_kinds)
+        return bool(self.solved_kinds) and exact and not self.test_block
+
+    @property
     def identity(self) -> dict[str, Json]:
-        """What decides the numbers; an exact kernel has no projection."""
-        every = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return {k: v for k, v in every.items() if k != "projection" or self.projection.is_on}
+        """What decides the kernel's numbers, and not how much of it is stored."""
+        settings = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        del settings["test_block"]
+        if not self.projection.is_on:
+            del settings["projection"]
+        return settings
 
 
 @dataclass(frozen=True)

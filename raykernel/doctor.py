@@ -21,9 +21,9 @@ from raykernel.compute.memory import GIB
 from raykernel.config import RunConfig
 from raykernel.console import Screen, size
 from raykernel.errors import InputError
+from raykernel.jobs import open_executor
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
-from raykernel.pipeline import open_executor
 from raykernel.plan import plan_worker
 from raykernel.prepared import Prepared, prepare
 from raykernel.problem.models import Problem, load_problem, load_tokenizer

@@ -1,6 +1,6 @@
 """The stages of a run, one short function each.
 
-    config → examples → prompts → identity → store.missing() → workers → K → solver → result
+    config → examples → prompts → identity → store.missing() → workers → K → regression → result
 
 The driver holds no model and no gradient; it sends block indices to workers and reads finished
 blocks from the store.
@@ -13,21 +13,19 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from raykernel.analysis.regression import RegressionResult, SplitData, kernel_regression
-from raykernel.compute.executor import Executor, InlineExecutor, versions
+from raykernel.compute.executor import Executor, versions
 from raykernel.compute.sketches import distortion_text
-from raykernel.compute.worker import WorkerSpec
-from raykernel.config import ComputeConfig, RunConfig, canonical_json, differences
+from raykernel.config import RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
-from raykernel.errors import InputError, RaykernelError, StorageFullError, StoreMismatchError
-from raykernel.prepared import Prepared, example_labels, example_table, prepare
+from raykernel.errors import InputError, StoreMismatchError
+from raykernel.jobs import LateExecutor, run_jobs
+from raykernel.prepared import Prepared, example_labels, example_table, prepare, worker_spec
 from raykernel.problem.probe import fit_head
+from raykernel.regress import Regression, solve, split_ties, wanted_rows
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
-from raykernel.terms import ExecutorName, Kind, PromptStyle, Split
+from raykernel.terms import Kind, PredictedBy, PromptStyle, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,7 @@ class Completion:
     """What it took to complete a kernel."""
 
     blocks_total: int
+    """Blocks that the run wants: without those of test where it is predicted by J w."""
     blocks_computed: int
     seconds: float
     peak_memory_bytes: int
@@ -44,6 +43,17 @@ class Completion:
     predicted_seconds: float = 0.0
     """The same as the device's rates predict it."""
 
+    def then(self, more: Completion) -> Completion:
+        """This and what completed it further."""
+        return Completion(
+            more.blocks_total,
+            self.blocks_computed + more.blocks_computed,
+            self.seconds + more.seconds,
+            max(self.peak_memory_bytes, more.peak_memory_bytes),
+            self.worker_seconds + more.worker_seconds,
+            self.predicted_seconds + more.predicted_seconds,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -51,7 +61,7 @@ class Outcome:
 
     prepared: Prepared
     completion: Completion
-    results: dict[Kind, RegressionResult]
+    regression: Regression
     store_path: str
     store_bytes: int
     precision_error: dict[str, Any] | None
@@ -61,7 +71,7 @@ class Outcome:
 
 
 def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Outcome:
-    """Complete a kernel's blocks, solve kernel regression, keep the results.
+    """Complete a kernel's blocks, solve kernel regression, predict test, keep the results.
 
     Args:
         config: the run.
@@ -75,11 +85,12 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
     if note := why_new(prepared, Store(config.store.path)):
         screen.say(f"Note: {note}")
     handle = open_kernel(prepared)
-    completion = complete(prepared, handle, screen)
-    results = solve(prepared, handle)
+    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
+        completion = complete(prepared, handle, executor, screen)
+        regression = solve(prepared, handle, executor, screen)
     store = Store(config.store.path)
-    for kind, result in results.items():
-        row = result_row(prepared, completion, kind, result, overrides)
+    for kind in regression.results:
+        row = result_row(prepared, completion, regression, kind, overrides)
         # A repetition that computed nothing keeps the row that says what the blocks cost.
         if completion.blocks_computed or not store.has_result("kernels", row):
             store.write_result("kernels", row)
@@ -88,7 +99,7 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
         handle.read_pinned(name) if handle.has_pinned(name) else None
         for name in ("precision", "projection")
     )
-    return Outcome(prepared, completion, results, config.store.path, kept, *errors)
+    return Outcome(prepared, completion, regression, config.store.path, kept, *errors)
 
 
 def open_kernel(prepared: Prepared) -> KernelHandle:
@@ -154,60 +165,67 @@ def why_new(prepared: Prepared, store: Store) -> str:
     return f"a new kernel; the most similar stored one, {name}, differs in {shown}{more}."
 
 
-def worker_spec(prepared: Prepared) -> WorkerSpec:
-    """What a worker needs to compute blocks of this run."""
-    config = prepared.config
-    return WorkerSpec(
-        model=config.model,
-        parameters=config.parameters,
-        kernel=config.kernel,
-        compute=config.compute,
-        encoded=prepared.encoded,
-        num_labels=len(prepared.data.labels),
-        store_path=config.store.path,
-        fingerprint=prepared.fingerprint,
-    )
-
-
-def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Completion:
-    """Compute the blocks that the store lacks.
+def complete(
+    prepared: Prepared, handle: KernelHandle, executor: Executor, screen: Screen
+) -> Completion:
+    """Compute the blocks that the run wants and the store lacks.
 
     Args:
         prepared: the run.
         handle: its kernel.
+        executor: where.
         screen: where progress is shown.
 
     Returns:
-        How many blocks there are and what the new ones cost.
+        How many blocks are wanted and what the new ones cost.
     """
-    missing = handle.missing()
-    total = len(prepared.grid.cells())
+    config, grid = prepared.config, prepared.grid
+    rows = wanted_rows(config, grid)
+    done = complete_rows(prepared, handle, rows, executor=executor, screen=screen)
+    # Layer groups have names from the first block on.
+    names = handle.groups(config.kernel.kinds[0].value)
+    if wanted_rows(config, grid, names) == rows:
+        return done
+    screen.say(
+        "Note: solver.groups chooses some but not all uses of a tied parameter "
+        f"({', '.join(split_ties(config, names))}), whose kernel is no product of gradients: "
+        "test is predicted through its kernel with train."
+    )
+    more = complete_rows(prepared, handle, grid.rows, executor=executor, screen=screen)
+    return done.then(more)
+
+
+def complete_rows(
+    prepared: Prepared, handle: KernelHandle, rows: range, *, executor: Executor, screen: Screen
+) -> Completion:
+    """Compute the missing blocks of some rows.
+
+    Args:
+        prepared: the run.
+        handle: its kernel.
+        rows: examples whose kernel with train is wanted.
+        executor: where.
+        screen: where progress is shown.
+
+    Returns:
+        How many blocks these rows have and what the new ones cost.
+    """
+    missing = handle.missing(rows)
+    total = len(prepared.grid.cells(rows))
     if not missing:
         screen.say(f"All {total} blocks are stored: computing 0 blocks.")
         return Completion(total, 0, 0.0, 0)
     screen.say(f"{total - len(missing)} of {total} blocks are stored: computing {len(missing)}.")
     start, peak, halved, worked, predicted = time.monotonic(), 0, 0, 0.0, 0.0
     spec = worker_spec(prepared)
-    with contextlib.closing(open_executor(prepared.config.compute, screen)) as executor:
-        if not prepared.encoded.label_ids and handle.read_head() is None:
-            with screen.stage("Fitting the linear probe"):
-                write_probe(prepared, handle, executor)
-        failed: RaykernelError | None = None
-        with screen.progress("blocks", len(missing)) as advance:
-            for outcome in executor.run(spec.blocks, missing):
-                if isinstance(outcome.error, InputError | StorageFullError):
-                    raise outcome.error  # the next block would fail likewise
-                if outcome.result is None:
-                    failed = outcome.error
-                    screen.say(f"Block {outcome.job.i}, {outcome.job.j} failed: {failed}")
-                else:
-                    peak = max(peak, outcome.result.peak_memory_bytes)
-                    worked += outcome.result.seconds
-                    predicted += outcome.result.predicted_seconds
-                    halved = max(halved, outcome.result.halved)
-                advance(1)
-    if failed is not None:
-        raise failed
+    if not prepared.encoded.label_ids and handle.read_head() is None:
+        with screen.stage("Fitting the linear probe"):
+            write_probe(prepared, handle, executor)
+    for receipt in run_jobs(executor, spec.blocks, missing, screen=screen, name="blocks"):
+        peak = max(peak, receipt.peak_memory_bytes)
+        worked += receipt.seconds
+        predicted += receipt.predicted_seconds
+        halved = max(halved, receipt.halved)
     if halved:
         screen.say(
             f"Note: memory ran out, and a worker halved its chunks {halved} times. Lower "
@@ -215,25 +233,6 @@ def complete(prepared: Prepared, handle: KernelHandle, screen: Screen) -> Comple
         )
     seconds = time.monotonic() - start
     return Completion(total, len(missing), seconds, peak, worked, predicted)
-
-
-def open_executor(compute: ComputeConfig, screen: Screen) -> Executor:
-    """The executor that the configuration names.
-
-    Args:
-        compute: where to compute.
-        screen: where lost workers are reported.
-
-    Returns:
-        An executor to be closed.
-    """
-    if compute.executor is ExecutorName.inline:
-        return InlineExecutor()
-    # Ray takes seconds to import, and an inline run needs none of it.
-    from raykernel.compute.ray_executor import RayExecutor
-
-    with screen.stage("Starting Ray" if compute.address is None else "Joining Ray"):
-        return RayExecutor(compute, say=screen.say)
 
 
 def write_probe(prepared: Prepared, handle: KernelHandle, executor: Executor) -> None:
@@ -248,56 +247,29 @@ def write_probe(prepared: Prepared, handle: KernelHandle, executor: Executor) ->
     handle.write_head(head.weight, head.bias)
 
 
-def solve(prepared: Prepared, handle: KernelHandle) -> dict[Kind, RegressionResult]:
-    """Kernel regression for each kind of kernel that is a symmetric matrix on train.
-
-    Args:
-        prepared: the run.
-        handle: its complete kernel.
-
-    Returns:
-        Selected grid point and scores by kind; ridge regression has no meaning for the others.
-    """
-    config, logits, labels = prepared.config, handle.logits(), example_labels(prepared.data)
-    eps = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
-    resolution = eps * prepared.grid.num_cols * logits.shape[1]
-    results = {}
-    for kind in config.kernel.kinds:
-        if not kind.is_symmetric:
-            continue
-        k = handle.kernel(config.solver.groups or None, kind=kind.value)
-        train, dev, test = (
-            SplitData(k[at.start : at.stop], logits[at.start : at.stop], labels[at.start : at.stop])
-            for at in (prepared.data.splits[split] for split in Split)
-        )
-        results[kind] = kernel_regression(
-            train,
-            dev,
-            test,
-            ridge=config.solver.ridge,
-            f0_scaling=config.solver.f0_scaling,
-            metric=config.task.metric,
-            resolution=resolution,
-        )
-    return results
+def result_key(prepared: Prepared, kind: Kind) -> dict[str, object]:
+    """The columns that tell rows of the table `kernels` apart."""
+    return {
+        "fingerprint": prepared.fingerprint,
+        "kind": kind.value,
+        "solver": canonical_json(prepared.config.solver),
+    }
 
 
 def result_row(
     prepared: Prepared,
     completion: Completion,
+    regression: Regression,
     kind: Kind,
-    result: RegressionResult,
     overrides: tuple[str, ...],
 ) -> dict[str, object]:
     """One row of the table `kernels`."""
-    config, data = prepared.config, prepared.data
+    config, data, result = prepared.config, prepared.data, regression.results[kind]
     probe = config.prompt.style is PromptStyle.none
-    return {
-        "fingerprint": prepared.fingerprint,
+    return result_key(prepared, kind) | {
         "task": config.task.name,
         "model": config.model.name,
         "prompt": config.prompt.style.value,
-        "kind": kind.value,
         "precision": config.kernel.precision.value,
         "k": config.task.k,
         "seed": config.task.seed,
@@ -309,19 +281,34 @@ def result_row(
         "zero_shot": None if probe else result.zero_shot,
         "linear_probe": result.zero_shot if probe else None,
         "kernel_regression": result.test_score,
+        "test_by": regression.by.value if regression.by else None,
         "dev": result.dev_score,
         "ridge": result.ridge,
         "f0_scaling": result.f0_scaling,
         "groups": config.solver.groups,
         "blocks_total": completion.blocks_total,
         "blocks_computed": completion.blocks_computed,
-        "seconds": completion.seconds,
-        "peak_memory_bytes": completion.peak_memory_bytes,
+        "seconds": completion.seconds + regression.seconds,
+        "peak_memory_bytes": max(completion.peak_memory_bytes, regression.peak_memory_bytes),
         "overrides": list(overrides),
         "versions": canonical_json(versions()),
-        "solver": canonical_json(config.solver),
         "identity": canonical_json(prepared.identity),
     }
+
+
+def _predicted(outcome: Outcome) -> str:
+    """How test was predicted, as the end of a sentence."""
+    found, grid = outcome.regression, outcome.prepared.grid
+    if found.by is None:
+        return ""
+    if found.by is PredictedBy.block:
+        return "; test predicted through its kernel with train"
+    text = "; test predicted without its kernel (J w)"
+    stored = len(grid.test) * len(found.results) - found.num_computed
+    if not found.num_computed:
+        return f"{text}, stored before"
+    more = f", {stored} stored before" if stored else ""
+    return f"{text}, {found.num_computed} examples in {duration(found.seconds)}{more}"
 
 
 def _compared(done: Completion) -> str:
@@ -344,7 +331,7 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
     probe = config.prompt.style is PromptStyle.none
     metric = config.task.metric.value
     rows: list[list[str]] = []
-    for kind, result in outcome.results.items():
+    for kind, result in outcome.regression.results.items():
         if not rows:
             before = "linear probe" if probe else "zero-shot"
             rows.append([before, f"{result.zero_shot:.3f}", "", "", "", ""])
@@ -363,7 +350,8 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
         if not kind.is_symmetric:
             screen.say(
                 f"Note: {kind.value} is not symmetric, so that ridge regression does not apply; "
-                f"its blocks are stored: open_store(…).kernel(kind={kind.value!r})"
+                f"its blocks are stored: open_store(…).kernel(kind={kind.value!r}, "
+                f"rows={wanted_rows(config, prepared.grid)})"
             )
     screen.table(
         ["", f"{metric} (test)", "dev", "ridge", "f0 scaling", "condition number"],
@@ -375,11 +363,13 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
         ),
     )
     done = outcome.completion
+    peak = max(done.peak_memory_bytes, outcome.regression.peak_memory_bytes)
     screen.out.print(
         f"{done.blocks_computed} of {done.blocks_total} blocks computed now"
         + (f" in {duration(done.seconds)}" if done.blocks_computed else "")
         + _compared(done)
-        + (f", worker peak {size(done.peak_memory_bytes)}" if done.peak_memory_bytes else "")
+        + _predicted(outcome)
+        + (f"; worker peak {size(peak)}" if peak else "")
         + f". Kernel {prepared.fingerprint}, {size(outcome.store_bytes)}, in {outcome.store_path}"
     )
     if outcome.precision_error is not None:

@@ -18,9 +18,11 @@ from raykernel.compute.plan import WorkerPlan
 from raykernel.compute.worker import Worker
 from raykernel.config import RunConfig
 from raykernel.console import Screen, duration, size
-from raykernel.pipeline import begin_kernel, why_new, worker_spec
-from raykernel.prepared import Prepared, prepare
+from raykernel.pipeline import begin_kernel, result_key, why_new
+from raykernel.prepared import Prepared, prepare, worker_spec
+from raykernel.regress import wanted_rows
 from raykernel.store.blocks import Store
+from raykernel.store.grid import Cell
 from raykernel.terms import Split
 
 
@@ -29,8 +31,12 @@ class Plan:
     """A run before it happens."""
 
     prepared: Prepared
-    blocks_total: int
-    blocks_missing: int
+    cells: list[Cell]
+    """Blocks that the run wants."""
+    missing: list[Cell]
+    """Those that the store lacks."""
+    num_predicted: int
+    """Test examples to predict without their kernel."""
     why_new: str
     """How the most similar stored kernel differs; empty if this one is stored or none is."""
     worker: WorkerPlan
@@ -38,40 +44,67 @@ class Plan:
     @property
     def store_bytes(self) -> int:
         """Bytes that the missing blocks will take."""
-        grid, c = self.prepared.grid, len(self.prepared.data.labels)
+        c = len(self.prepared.data.labels)
         itemsize = np.dtype(self.prepared.config.kernel.precision.stored).itemsize
-        entries = sum(len(cell.rows) * len(cell.cols) for cell in grid.cells()) * c * c
-        share = self.blocks_missing / self.blocks_total
+        entries = sum(len(cell.rows) * len(cell.cols) for cell in self.missing) * c * c
         num_kinds = len(self.prepared.config.kernel.stored_kinds)
-        return int(share * entries * itemsize * num_kinds * self.worker.num_groups)
+        return entries * itemsize * num_kinds * self.worker.num_groups
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the missing blocks."""
+        """Floating-point operations of the missing blocks and of predicting test."""
         captures, cells = self._work
-        return captures * self.worker.capture_flops + cells * self.worker.block_flops
+        blocks = captures * self.worker.capture_flops + cells * self.worker.block_flops
+        return blocks + self.prediction_flops
+
+    @property
+    def prediction_flops(self) -> float:
+        """Those of predicting test."""
+        return self._products * self.worker.product_flops
 
     @property
     def seconds(self) -> float:
-        """Predicted time of the missing blocks, all workers busy."""
+        """Predicted time of all, all workers busy."""
         captures, cells = self._work
         alone = captures * self.worker.capture_seconds + cells * self.worker.block_seconds
-        return alone / self.prepared.config.compute.workers
+        return alone / self.prepared.config.compute.workers + self.prediction_seconds
+
+    @property
+    def prediction_seconds(self) -> float:
+        """That of predicting test."""
+        return self._products * self.worker.product_seconds / self._num_predicting
 
     @property
     def _work(self) -> tuple[float, float]:
         """Examples as long as the longest to capture, rows anew in every cell, and full cells."""
-        grid, encoded = self.prepared.grid, self.prepared.encoded
-        share = self.blocks_missing / self.blocks_total
-        rows = sum(len(cell.rows) for cell in grid.cells() if cell.rows != cell.cols)
-        columns = grid.num_cols * self.prepared.config.compute.workers
+        rows = sum(len(cell.rows) for cell in self.missing if cell.rows != cell.cols)
+        columns = sum(map(len, {cell.cols for cell in self.missing}))
+        workers = self.prepared.config.compute.workers
         if self.worker.sizes.sketched:  # rows are kept, too
-            rows = min(rows, grid.num_rows * self.prepared.config.compute.workers - columns)
-        lengths = [len(ids) for ids in encoded.input_ids]
-        captures = (rows + columns) * sum(lengths) / len(lengths) / max(lengths)
-        full = grid.block_size**2
-        cells = sum(len(cell.rows) * len(cell.cols) / full for cell in grid.cells())
-        return share * captures, share * cells
+            rows = min(rows, self.prepared.grid.num_rows * workers - columns * workers)
+        captures = rows + columns * workers
+        entries = sum(len(cell.rows) * len(cell.cols) for cell in self.missing)
+        return captures * self._mean_length, entries / self.prepared.grid.block_size**2
+
+    @property
+    def _products(self) -> float:
+        """Examples as long as the longest in J w, and in every worker's Jᵀ α over train."""
+        if not self.num_predicted:
+            return 0.0
+        train = self._num_predicting * self.prepared.grid.num_cols
+        return (train + self.num_predicted) * self._mean_length
+
+    @property
+    def _num_predicting(self) -> int:
+        """Workers that predict: no more than there are row blocks."""
+        grid = self.prepared.grid
+        return max(1, min(self.prepared.config.compute.workers, len(grid.row_indices(grid.test))))
+
+    @property
+    def _mean_length(self) -> float:
+        """Mean number of tokens, relative to the largest."""
+        lengths = [len(ids) for ids in self.prepared.encoded.input_ids]
+        return sum(lengths) / len(lengths) / max(lengths)
 
 
 def make_plan(config: RunConfig, screen: Screen) -> Plan:
@@ -85,13 +118,25 @@ def make_plan(config: RunConfig, screen: Screen) -> Plan:
         The plan.
     """
     prepared = prepare(config, screen)
-    store = Store(config.store.path)
-    total = missing = prepared.grid.num_cells
-    if store.has(prepared.identity):
-        missing = len(store.open(prepared.fingerprint).missing())
+    store, grid = Store(config.store.path), prepared.grid
     with screen.stage("Tracing the longest example"), tempfile.TemporaryDirectory() as scratch:
         worker = plan_worker(prepared, scratch)
-    return Plan(prepared, total, missing, why_new(prepared, store), worker)
+    rows = wanted_rows(config, grid, worker.groups)
+    cells = missing = grid.cells(rows)
+    predicted = len(grid.test) if config.kernel.predicts and rows != grid.rows else 0
+    if store.has(prepared.identity):
+        handle = store.open(prepared.fingerprint)
+        missing = handle.missing(rows)
+        if _is_solved(prepared, store) or not handle.missing(grid.test):
+            predicted = 0
+    why = why_new(prepared, store)
+    return Plan(prepared, cells, missing, predicted, why, worker)
+
+
+def _is_solved(prepared: Prepared, store: Store) -> bool:
+    """Whether the same question has been answered for every kind, so that nothing is predicted."""
+    rows = [result_key(prepared, kind) for kind in prepared.config.kernel.solved_kinds]
+    return all(store.has_result("kernels", row) for row in rows)
 
 
 def plan_worker(prepared: Prepared, scratch: str) -> WorkerPlan:
@@ -130,10 +175,18 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         ["examples", f"{counts}; {len(prepared.data.labels)} outputs"],
         ["tokens", f"{min(lengths)} to {max(lengths)}, {np.mean(lengths):.0f} on average"],
         ["kernel", prepared.fingerprint],
-        ["blocks", f"{plan.blocks_missing} to compute, {plan.blocks_total} in all"],
+        ["blocks", f"{len(plan.missing)} to compute, {len(plan.cells)} in all"],
+        ["test", _prediction(plan)],
         ["parameters", f"{worker.num_parameters:,} in {len(worker.methods)} layer groups"],
-        ["operations", f"{plan.flops / 1e12:.2f} TFLOP"],
-        ["predicted time", f"{duration(plan.seconds)} of {config.compute.workers} busy workers"],
+        [
+            "operations",
+            f"{plan.flops / 1e12:.2f} TFLOP, {plan.prediction_flops / 1e12:.2f} of them for test",
+        ],
+        [
+            "predicted time",
+            f"{duration(plan.seconds)} of {config.compute.workers} busy workers, "
+            f"{duration(plan.prediction_seconds)} of it for test",
+        ],
         ["new in the store", size(plan.store_bytes)],
         ["workers", f"{config.compute.workers} ({config.compute.executor.value})"],
         [
@@ -164,3 +217,15 @@ def show_plan(plan: Plan, screen: Screen) -> None:
     )
     for name, why in worker.fallbacks.items():
         screen.say(f"Note: {name} has no rule: {why}")
+
+
+def _prediction(plan: Plan) -> str:
+    """How test will be predicted, in words."""
+    grid, kernel = plan.prepared.grid, plan.prepared.config.kernel
+    if plan.num_predicted:
+        return f"{plan.num_predicted} examples predicted without their kernel (J w)"
+    if not kernel.solved_kinds:
+        return "not predicted: no kind is symmetric"
+    if len(plan.cells) == len(grid.cells()):
+        return "predicted through its kernel with train"
+    return "predicted before"

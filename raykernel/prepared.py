@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
+from raykernel.compute.worker import WorkerSpec
 from raykernel.config import Json, PromptText, RunConfig, canonical_json, fingerprint, plain
 from raykernel.console import Screen
 from raykernel.problem.models import (
@@ -74,8 +75,24 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
         num_cols=len(data.splits[Split.train]),
         num_rows=len(data.examples),
         block_size=config.kernel.block_size,
+        num_dev=len(data.splits[Split.dev]),
     )
     return Prepared(config, data, prompt, encoded, grid, identity_of(config, data, prompt, encoded))
+
+
+def worker_spec(prepared: Prepared) -> WorkerSpec:
+    """What a worker needs to compute blocks of a run."""
+    config = prepared.config
+    return WorkerSpec(
+        model=config.model,
+        parameters=config.parameters,
+        kernel=config.kernel,
+        compute=config.compute,
+        encoded=prepared.encoded,
+        num_labels=len(prepared.data.labels),
+        store_path=config.store.path,
+        fingerprint=prepared.fingerprint,
+    )
 
 
 def identity_of(config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded) -> dict[str, Json]:

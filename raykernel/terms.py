@@ -37,6 +37,15 @@ class Kind(Enum):
         return self.flipped is self
 
 
+class PredictedBy(Enum):
+    """How the outputs of test examples were predicted."""
+
+    tangent = "tangent"
+    """J(x) w with w = J(train)ᵀ α: without their kernel with train."""
+    block = "block"
+    """K(x, train) α."""
+
+
 class Metric(Enum):
     """What a task is judged by."""
 

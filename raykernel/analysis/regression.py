@@ -1,4 +1,7 @@
-"""Kernel regression as an experiment: fit on train, select on dev, judge on test once."""
+"""Kernel regression as an experiment: fit on train, select on dev, judge on test once.
+
+select(train, dev) → α of the best grid point → outputs of test, in whichever way → judge
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.analysis.ridge import RidgeSolution, one_hot, solve_ridge
 from raykernel.errors import InputError
 from raykernel.terms import Metric
 
@@ -23,6 +26,31 @@ class SplitData:
     """Logits at theta_0."""
     labels: Int[np.ndarray, " m"]
     """Index of the right output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The grid point that dev selects."""
+
+    solution: RidgeSolution
+    """A grid of this one point."""
+    dev_score: float
+
+    @property
+    def ridge(self) -> float:
+        """Selected ridge, relative to ||K(train, train)||_op."""
+        return self.solution.ridge[0]
+
+    @property
+    def f0_scaling(self) -> float:
+        """Selected divisor of the initial logits; inf leaves them out."""
+        return self.solution.f0_scaling[0]
+
+    @property
+    def alpha(self) -> Float[np.ndarray, "n c"]:
+        """Dual coefficients."""
+        alpha: np.ndarray = self.solution.alpha[0, 0]
+        return alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +75,30 @@ class RegressionResult:
     """Eigenvalues below the kernel's resolution."""
 
 
-def kernel_regression(
+def select(
     train: SplitData,
     dev: SplitData,
-    test: SplitData,
     *,
     ridge: list[float],
     f0_scaling: list[float],
     metric: Metric,
     resolution: float | None = None,
-) -> RegressionResult:
-    """Least-squares kernel regression over the solver grid.
+) -> Selection:
+    """Least-squares kernel regression over the solver grid, and its best point on dev.
 
     Ties on dev go to the first grid point, scaling before ridge, as files are listed in the
-    reference's selection (Malladi et al. 2023, appendix A.3; Table 4 has the grid). Test enters
-    only after the selection.
+    reference's selection (Malladi et al. 2023, appendix A.3; Table 4 has the grid).
 
     Args:
         train: the columns' own split.
         dev: selects the grid point.
-        test: is predicted once, at that point.
         ridge: relative ridges.
         f0_scaling: divisors of the initial logits.
-        metric: of dev and test.
+        metric: of dev.
         resolution: see `solve_ridge`.
 
     Returns:
-        The selected point and the scores.
+        The selected point.
     """
     num_labels = train.f0.shape[1]
     solution = solve_ridge(
@@ -88,15 +113,38 @@ def kernel_regression(
     scores = np.array([[score(metric, dev.labels, h) for h in row] for row in dev_outputs])
     at = np.unravel_index(int(scores.argmax()), scores.shape)
     s, r = int(at[0]), int(at[1])
-    test_outputs = solution.at(s, r).predict(test.k, test.f0)[0, 0]
+    return Selection(solution.at(s, r), float(scores[s, r]))
+
+
+def judge(
+    selection: Selection,
+    outputs: Float[np.ndarray, "m c"],
+    *,
+    f0: Float[np.ndarray, "m c"],
+    labels: Int[np.ndarray, " m"],
+    metric: Metric,
+) -> RegressionResult:
+    """What the selected point is worth on test, which enters here for the first time.
+
+    Args:
+        selection: of `select`.
+        outputs: its predictions h(x).
+        f0: initial logits.
+        labels: right outputs.
+        metric: of test.
+
+    Returns:
+        The selected point and the scores.
+    """
+    solution = selection.solution
     return RegressionResult(
-        ridge=ridge[r],
-        f0_scaling=f0_scaling[s],
-        dev_score=float(scores[s, r]),
-        test_score=score(metric, test.labels, test_outputs),
-        zero_shot=score(metric, test.labels, test.f0),
-        condition_number=float(solution.condition_number[r]),
-        residual=float(solution.residual[s, r]),
+        ridge=selection.ridge,
+        f0_scaling=selection.f0_scaling,
+        dev_score=selection.dev_score,
+        test_score=score(metric, labels, outputs),
+        zero_shot=score(metric, labels, f0),
+        condition_number=float(solution.condition_number[0]),
+        residual=float(solution.residual[0, 0]),
         num_dropped=solution.num_dropped,
     )
 

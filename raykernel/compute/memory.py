@@ -49,6 +49,7 @@ import torch
 
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
+from raykernel.ntk.product import ProductBytes
 from raykernel.ntk.stream import StreamBytes
 
 GIB = 1 << 30
@@ -109,6 +110,8 @@ class Footprint:
     """What is kept of an example of a projected kernel; 0 of an exact one."""
     making: int = 0
     """Sketches of all its layer groups, before they are added."""
+    product: ProductBytes | None = None
+    """What predicting test without its kernel takes; None if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,10 @@ def chunk_sizes(
         waiting = _waiting_bytes(footprint, rows, cols, resident, stream, packed)
         work = int(HEAP_SLACK * (waiting + batch * step + joining))
         start = footprint.audit + 2 * footprint.forward
-        return Sizes(batch, rows, cols, resident, stream, packed, fixed + max(start, work))
+        # So that a run whose blocks fit does not fail at the end, when test is predicted.
+        last = 0 if footprint.product is None else footprint.product.of(1)
+        peak = fixed + max(start, work, last)
+        return Sizes(batch, rows, cols, resident, stream, packed, peak)
 
     ways = _ways(footprint)
     smallest = min((sized(1, 1, 1, *way) for way in ways), key=lambda sizes: sizes.peak_bytes)
@@ -268,8 +274,8 @@ def sketch_sizes(
 
 
 def _fixed_bytes(footprint: Footprint, compute: ComputeConfig) -> int:
-    process = CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
-    return footprint.weights + 3 * footprint.output + 3 * GRAM_BYTES + process
+    blocks = 3 * footprint.output + 3 * GRAM_BYTES
+    return footprint.weights + blocks + _process_bytes(compute)
 
 
 def _require_room(smallest: Sizes, footprint: Footprint, compute: ComputeConfig) -> None:
@@ -281,6 +287,39 @@ def _require_room(smallest: Sizes, footprint: Footprint, compute: ComputeConfig)
             f"results of a block {footprint.output / GIB:.2f}). Raise it, or lower "
             "task.max_length or kernel.block_size."
         )
+
+
+def product_batch(weights: int, product: ProductBytes, compute: ComputeConfig) -> int:
+    """Examples of a pass that J w and Jᵀ α may take.
+
+    Args:
+        weights: bytes of the model.
+        product: bytes of a product.
+        compute: memory and largest batch.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: if one example does not fit.
+    """
+    limit = int(compute.memory_gb * GIB)
+    fixed = weights + GRAM_BYTES + _process_bytes(compute)
+    sizes = range(compute.batch_size, 0, -1)
+    fitting = (n for n in sizes if fixed + HEAP_SLACK * product.of(n) <= limit)
+    if found := next(fitting, 0):
+        return found
+    needed = fixed + HEAP_SLACK * product.of(1)
+    raise InputError(
+        f"compute.memory_gb: found {compute.memory_gb:g}, expected at least {needed / GIB:.2f} GiB "
+        f"to predict one test example without its kernel (weights {weights / GIB:.2f}, a direction "
+        f"of the parameters with its gradients {product.fixed / GIB:.2f}). Raise it, lower "
+        "task.max_length, or choose fewer layers with solver.groups."
+    )
+
+
+def _process_bytes(compute: ComputeConfig) -> int:
+    return CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
 
 def chunks(batch: int, block_size: int) -> list[int]:
@@ -360,6 +399,13 @@ def trim_heap() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def peak_bytes(device: str) -> int:
+    """Largest memory of this process so far: reserved on a GPU, else resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_reserved(device)
+    return peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:

@@ -39,6 +39,12 @@ class WorkerPlan:
     """Predicted time of capturing one example, and of packing its signs where they are."""
     block_seconds: float
     """Predicted time of contracting one full cell."""
+    product_flops: float
+    """Operations of J w, and of an ordinary forward and backward pass, over one example."""
+    product_seconds: float
+    """Predicted time of either."""
+    groups: tuple[str, ...]
+    """Every layer group, cross groups included."""
 
 
 def plan_of(
@@ -103,6 +109,9 @@ def plan_of(
     if work is not None:
         capture_flops += work.flops
         capture_seconds += work.seconds(sizes.rows, rates) / sizes.rows
+    # Per weight one product forward and two more, for the gradients of inputs and weights or for
+    # the tangents by them: as many as a capture of two outputs takes.
+    product = num_tokens * token_flops(module, 2, streamed=streamed, again=False)
     return WorkerPlan(
         footprint=footprint,
         sizes=sizes,
@@ -114,6 +123,9 @@ def plan_of(
         block_flops=flops,
         capture_seconds=capture_seconds + (packing.seconds if packing else 0.0),
         block_seconds=seconds,
+        product_flops=product,
+        product_seconds=rates.seconds(product, 0.0),
+        groups=capture.groups,
     )
 
 

@@ -31,6 +31,8 @@ from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.packed import SignedCapture, packed_bytes, signed_capture
+from raykernel.ntk.passes import is_out_of_memory
+from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.ntk.project import join
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.stream import Streamer
@@ -97,12 +99,12 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
-        _settle_torch(spec.compute)
+        settle_torch(spec.compute)
         memory.keep_heap_ready()
         self._spec = spec
         self._handle = Store(spec.store_path).open(spec.fingerprint)
         stored = None if spec.encoded.label_ids else self._handle.read_head()
-        self._problem = _load(spec, None if stored is None else Head(*stored))
+        self._problem = load(spec, None if stored is None else Head(*stored))
         self._may_compute = bool(spec.encoded.label_ids) or stored is not None
         self._columns: OrderedDict[range, list[Side]] = OrderedDict()
         self._turn = 0
@@ -124,12 +126,12 @@ class Worker:
         if self._is_stored(cell):
             return self._receipt(cell, start, num_bytes=0, already_stored=True)
         values, logits = self._values_in_memory(cell)
-        if not _can_read(lambda: self._handle.read_logits(cell.i)):
+        if not can_read(lambda: self._handle.read_logits(cell.i)):
             self._handle.write_logits(cell.rows, logits)
         provenance: dict[str, Json] = {
             "seconds": time.monotonic() - start,
             "predicted_seconds": self._predicted,
-            "peak_memory_bytes": self._peak_bytes(),
+            "peak_memory_bytes": memory.peak_bytes(self._spec.compute.device),
             "torch": torch.__version__,
             "device": self._spec.compute.device,
             "threads": torch.get_num_threads(),
@@ -153,7 +155,7 @@ class Worker:
         Returns:
             One row per example.
         """
-        batches = _split(indices, self._spec.compute.batch_size)
+        batches = split(indices, self._spec.compute.batch_size)
         found = [self._problem.features(self._batch(batch)) for batch in batches]
         features: np.ndarray = torch.cat(found).float().cpu().numpy()
         return features
@@ -191,7 +193,7 @@ class Worker:
         kernel = dataclasses.replace(spec.kernel, precision=Precision.float32)
         stored = None if spec.encoded.label_ids else self._handle.read_head()
         head = None if stored is None else Head(*stored)
-        exact = _load(dataclasses.replace(spec, kernel=kernel), head)
+        exact = load(dataclasses.replace(spec, kernel=kernel), head)
         capture = Tracer(exact.module, exact.readout).capture(batch)
         expected = contract.gram(capture, capture)
         set_matmul_precision(spec.kernel.precision)
@@ -247,7 +249,7 @@ class Worker:
             try:
                 return self._values(cell)
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if (smaller := memory.halved(self._sizes)) == self._sizes:
                     raise RunError(
@@ -275,11 +277,11 @@ class Worker:
         }
         logits = np.empty((len(cell.rows), c))
         # Back and forth: the last column chunk of a cell is the first of the next one.
-        chunks = list(_split(cell.cols, self._sizes.cols))
+        chunks = list(split(cell.cols, self._sizes.cols))
         self._turn += 1
         for cols in reversed(chunks) if self._turn % 2 else chunks:
             to = slice(cols.start - cell.cols.start, cols.stop - cell.cols.start)
-            for rows in _split(cell.rows, self._sizes.rows):
+            for rows in split(cell.rows, self._sizes.rows):
                 at = slice(rows.start - cell.rows.start, rows.stop - cell.rows.start)
                 for left, right in self._sides(rows, cols):
                     logits[at] = left.logits.double().cpu().numpy()
@@ -353,7 +355,7 @@ class Worker:
         """Factors of a chunk: one transformer block's at a time, or all at once."""
         num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
         self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
-        batches = [self._batch(b) for b in _split(examples, self._sizes.batch)]
+        batches = [self._batch(b) for b in split(examples, self._sizes.batch)]
         if self._sizes.stream:
             found = zip(*(self._streamer.stream(batch) for batch in batches), strict=True)
         else:
@@ -428,14 +430,15 @@ class Worker:
         by_group = capture.bytes_by_group()
         stream = self._streamer.num_bytes(batch)
         return Footprint(
-            weights=_num_bytes([*module.parameters(), *module.buffers()]),
-            audit=2 * _num_bytes(_selected(self._problem)),
+            weights=tensor_bytes([*module.parameters(), *module.buffers()]),
+            audit=2 * tensor_bytes(_selected(self._problem)),
             factors=sum(by_group.values()),
             largest=max(by_group.values()),
             forward=self._tracer.bytes_per_example(batch),
             stream=stream,
             packed=self._packed_bytes(capture) if contract.needs_signs_only(kinds) else None,
             output=len(self._groups) * len(kinds) * edge * edge * itemsize,
+            product=self._product_bytes(batch) if self._spec.kernel.predicts else None,
             **sketches.num_bytes(capture, self._spec.kernel.projection),
         )
 
@@ -444,6 +447,9 @@ class Worker:
         by_group = packed_bytes(capture)
         segments = [sum(by_group.get(g, 0) for g in own) for own in self._streamer.segments]
         return PackedBytes(whole=sum(by_group.values()), segment=max(segments))
+
+    def _product_bytes(self, batch: dict[str, torch.Tensor]) -> ProductBytes:
+        return product_bytes(self._problem.module, self._problem.readout, batch)
 
     @cached_property
     def _sizes(self) -> Sizes:
@@ -468,19 +474,16 @@ class Worker:
     @property
     def _keeps_all(self) -> bool:
         """Whether every chunk of the kernel has room: then rows are captured once, too."""
-        sizes, blocks = self._sizes, self._handle.grid.row_blocks()
+        sizes, grid = self._sizes, self._handle.grid
+        wanted = grid.train_and_dev if self._spec.kernel.predicts else grid.rows
+        blocks = (grid.row_block(i) for i in grid.row_indices(wanted))
         chunks = sum(-(-len(block) // sizes.rows) for block in blocks)
         return sizes.rows == sizes.cols and chunks <= sizes.resident
 
     def _is_stored(self, cell: Cell) -> bool:
-        return _can_read(lambda: self._handle.read_block(cell)) and _can_read(
+        return can_read(lambda: self._handle.read_block(cell)) and can_read(
             lambda: self._handle.read_logits(cell.i)
         )
-
-    def _peak_bytes(self) -> int:
-        if self._spec.compute.device.startswith("cuda"):
-            return torch.cuda.max_memory_reserved(self._spec.compute.device)
-        return memory.peak_resident_bytes()
 
     def _receipt(
         self, cell: Cell, start: float, *, num_bytes: int, already_stored: bool
@@ -492,13 +495,13 @@ class Worker:
             num_bytes=num_bytes,
             seconds=time.monotonic() - start,
             predicted_seconds=self._predicted,
-            peak_memory_bytes=self._peak_bytes(),
+            peak_memory_bytes=memory.peak_bytes(self._spec.compute.device),
             process=os.getpid(),
             halved=self._halved,
         )
 
 
-def _settle_torch(compute: ComputeConfig) -> None:
+def settle_torch(compute: ComputeConfig) -> None:
     """Threads and algorithms from the configuration: Ray and the shell would set others."""
     torch.set_num_threads(compute.threads)
     if compute.device.startswith("cuda"):
@@ -508,7 +511,8 @@ def _settle_torch(compute: ComputeConfig) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _load(spec: WorkerSpec, head: Head | None) -> Problem:
+def load(spec: WorkerSpec, head: Head | None) -> Problem:
+    """The problem of a worker; without a head, one that features can be read from."""
     problem = load_problem(
         spec.model,
         spec.parameters,
@@ -526,13 +530,13 @@ def _load(spec: WorkerSpec, head: Head | None) -> Problem:
     return problem
 
 
-def _split(examples: range, size: int) -> Iterator[range]:
+def split(examples: range, size: int) -> Iterator[range]:
     """Consecutive pieces, the last of which may be smaller."""
     for start in range(examples.start, examples.stop, size):
         yield range(start, min(start + size, examples.stop))
 
 
-def _can_read(read: Callable[[], object]) -> bool:
+def can_read(read: Callable[[], object]) -> bool:
     """Whether a stored file is there and whole; a damaged one is computed again."""
     try:
         read()
@@ -541,19 +545,11 @@ def _can_read(read: Callable[[], object]) -> bool:
     return True
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's allocator on the CPU, and oneDNN's, which gives no reason.
-    known = ("can't allocate memory", "could not create a primitive", "could not create a memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in known
-    )
-
-
 def _selected(problem: Problem) -> list[nn.Parameter]:
     return [p for p in problem.module.parameters() if p.requires_grad]
 
 
-def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Memory of tensors; those that share it count once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -186,6 +186,15 @@ def backward(
         torch.autograd.grad(logits, wanted, weights, retain_graph=keep, allow_unused=True)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the host."""
+    # PyTorch's allocator on the CPU, and oneDNN's, which gives no reason.
+    known = ("can't allocate memory", "could not create a primitive", "could not create a memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in known
+    )
+
+
 def zeros_like(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Zeros to add gradients to.
 

@@ -33,6 +33,7 @@ from raykernel.ntk.passes import (
     backward,
     check_outputs,
     checked_logits,
+    is_out_of_memory,
     on_gradients,
     paired,
     prepared,
@@ -142,6 +143,80 @@ def tangents(
         raise InputError("no batch of examples, expected at least one. Check what makes them.")
     logits, products = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(products)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductBytes:
+    """Memory of `weighted_gradient` and `tangents`, in bytes, without the weights."""
+
+    fixed: int
+    """w, and gradients on their way to it."""
+    example: int
+    """Of every example of a batch."""
+
+    def of(self, num_examples: int) -> int:
+        """Of a batch."""
+        return self.fixed + num_examples * self.example
+
+
+def product_bytes(model: nn.Module, readout: Readout, batch: Batch) -> ProductBytes:
+    """Memory of products with a model's gradients, measured by one forward pass.
+
+    w and its copy in the parameters' type; all gradients once, which the double backward pass
+    holds and the check against autograd of a tied matrix may; per example twice what a backward
+    pass saves (values and tangents, or a pass differentiated once more), and some outputs of the
+    largest layer, for layers that save nothing.
+
+    Args:
+        model: the network; parameters with `requires_grad` are selected.
+        readout: logits (n, c) of a batch.
+        batch: one example, as long as the longest.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        InputError: if nothing is selected, or the readout is not (n, c).
+        NonFiniteError: if the logits are NaN or infinite.
+    """
+    selected = selected_parameters(model)
+    gradients = [p.numel() * p.element_size() for p in selected.values()]
+    direction = sum(p.numel() * accumulator(p.dtype).itemsize for p in selected.values())
+    copied = sum(
+        p.numel() * p.element_size() for p in selected.values() if accumulator(p.dtype) != p.dtype
+    )
+    saved: dict[int, int] = {}
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def note(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        with prepared(model, selected.values()):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                logits = checked_logits(model, readout, batch)
+            for tensor in (*model.parameters(), *model.buffers()):
+                saved.pop(tensor.untyped_storage().data_ptr(), None)
+            del logits  # until here the graph keeps what is saved, so that no address repeats
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ProductBytes(
+        fixed=direction + copied + max(sum(gradients), 3 * max(gradients)),
+        example=2 * sum(saved.values()) + _OUTPUTS_ALIVE * largest,
+    )
+
+
+_OUTPUTS_ALIVE = 6
+"""Outputs of a layer alive at once in a forward-mode pass: queries, scores, their tangents, …"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -278,10 +353,8 @@ def _attempt(
     last = len(ways) == 1
     try:
         product = ways[0](task, batch)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if last:
+    except RuntimeError as error:
+        if last or is_out_of_memory(error):
             raise
         return None
     if product is None or (check and not last and not _holds(task, batch, product[1])):

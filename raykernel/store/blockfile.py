@@ -27,7 +27,6 @@ Names = list[tuple[str, str]]
 """(kind, layer group) of every row."""
 
 BLOCK_GLOB = "block-*.arrow"
-LOGITS_GLOB = "logits-*.arrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,11 @@ def block_name(i: int, j: int) -> str:
 def logits_name(i: int) -> str:
     """File name of a row block's logits."""
     return f"logits-{i:04d}.arrow"
+
+
+def by_example(rows: range, name: str, values: Float[np.ndarray, "n c"]) -> pa.Table:
+    """Numbers of every output by example, in float64: the columns `example` and `name`."""
+    return pa.table({"example": pa.array(rows, pa.int64()), name: arrowfile.lists(values, "f8")})
 
 
 def to_table(kernels: Kernels, shape: tuple[int, ...], dtype: str) -> pa.Table:

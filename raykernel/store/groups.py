@@ -58,6 +58,21 @@ def select_groups(
     return selection
 
 
+def halved_ties(names: Sequence[str], selection: Sequence[str]) -> list[str]:
+    """Cross groups of tied parameters of which a selection has some uses but not all.
+
+    Args:
+        names: stored groups, cross groups included.
+        selection: of `select_groups`.
+
+    Returns:
+        Those; the kernel of the others is one of gradients with respect to parameters.
+    """
+    chosen = set(selection)
+    held = {name: [part in chosen for part in parts(name) or ()] for name in names}
+    return [name for name, uses in held.items() if any(uses) and not all(uses)]
+
+
 def parts(name: str) -> tuple[str, ...] | None:
     """The groups that a cross group connects; None for an ordinary group."""
     match = _CROSS.fullmatch(name)

@@ -2,9 +2,11 @@
 
     kernels/<fingerprint>/
       identity.json              what decides the numbers; written first
-      examples.arrow             one row per example, train first
+      examples.arrow             one row per example: train, dev, test
       logits-<iiii>.arrow        one per row block: the initial logits, float64
       block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
+      prediction-<key>-<iiii>.arrow
+                                 K(x, train) α of a row block of test (predictions.py)
       head.arrow                 linear head, where there is one
       rates.json, precision.json, projection.json
                                  what the first worker measured, see `pin`
@@ -12,6 +14,7 @@
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
 A block written twice holds the same numbers, so nobody locks and nobody waits.
+Cells of test are there only where somebody wanted them: prediction can do without.
 """
 
 from __future__ import annotations
@@ -71,14 +74,32 @@ class KernelHandle:
 
     # ------------------------------------------------------------ what is there
 
-    def missing(self) -> list[Cell]:
-        """Cells without block file, or whose row block has no logits, in the grid's order."""
-        present = self._present()
+    def missing(self, rows: range | None = None) -> list[Cell]:
+        """Cells without block file, or whose row block has no logits, in the grid's order.
+
+        Args:
+            rows: examples whose kernel with train is wanted; None: all.
+
+        Returns:
+            The cells to compute.
+        """
+        present = self.present()
         return [
             cell
-            for cell in self.grid.cells()
+            for cell in self.grid.cells(rows)
             if block_name(cell.i, cell.j) not in present or logits_name(cell.i) not in present
         ]
+
+    def rows_begun(self) -> range:
+        """Examples whose kernel somebody wants: train and dev, and test if any of it is stored."""
+        present = self.present()
+        cells = self.grid.cells(self.grid.test)
+        begun = any(block_name(cell.i, cell.j) in present for cell in cells)
+        return self.grid.rows if begun else self.grid.train_and_dev
+
+    def present(self) -> set[str]:
+        """Names of the kernel's files."""
+        return {entry.name for entry in os.scandir(self.path)}
 
     def kinds(self) -> list[str]:
         """Kinds of kernel stored."""
@@ -123,7 +144,7 @@ class KernelHandle:
             table = blockfile.to_table(kernels, self._shape(cell), self.manifest.dtype)
         except ValueError as error:
             raise ValueError(f"block ({cell.i}, {cell.j}): {error}") from error
-        header: dict[str, Json] = self._header(cell.i, cell.rows) | {
+        header: dict[str, Json] = self.header(cell.i, cell.rows) | {
             "j": cell.j,
             "col0": cell.cols.start,
             "col1": cell.cols.stop,
@@ -151,10 +172,8 @@ class KernelHandle:
         if rows not in blocks or logits.shape != (len(rows), self.num_outputs):
             raise ValueError(f"logits of {rows}: found shape {logits.shape}, no row block's")
         i = blocks.index(rows)
-        table = pa.table(
-            {"example": pa.array(rows, pa.int64()), "logits": arrowfile.lists(logits, "f8")}
-        )
-        return arrowfile.write(self.path / logits_name(i), table, self._header(i, rows))
+        table = blockfile.by_example(rows, "logits", logits)
+        return arrowfile.write(self.path / logits_name(i), table, self.header(i, rows))
 
     def write_head(self, weight: Float[np.ndarray, "c d"], bias: Float[np.ndarray, " c"]) -> int:
         """Commit the linear head that theta_0 was given; kept in float32.
@@ -220,8 +239,11 @@ class KernelHandle:
         weight, bias = arrowfile.values(table["weight"]), arrowfile.values(table["bias"])
         return weight.copy(), bias[:, 0].copy()
 
-    def logits(self) -> Float[np.ndarray, "num_rows c"]:
-        """Initial logits of all examples, in their order.
+    def logits(self, rows: range | None = None) -> Float[np.ndarray, "num_rows c"]:
+        """Initial logits of some examples, in their order.
+
+        Args:
+            rows: whole row blocks, such as the grid's `test`; None: all.
 
         Returns:
             The logits in float64.
@@ -229,11 +251,13 @@ class KernelHandle:
         Raises:
             KernelIncompleteError: if those of some row block are missing.
         """
-        blocks, present = self.grid.row_blocks(), self._present()
-        absent = sum(logits_name(i) not in present for i in range(len(blocks)))
+        wanted = self.grid.rows if rows is None else rows
+        blocks, present = self.grid.row_indices(wanted), self.present()
+        absent = [i for i in blocks if logits_name(i) not in present]
         if absent:
-            raise self._incomplete(f"the logits of {absent} of {len(blocks)} row blocks")
-        return np.concatenate([self.read_logits(i) for i in range(len(blocks))])
+            what = f"the logits of {len(absent)} of {len(blocks)} row blocks"
+            raise self._incomplete(what, absent)
+        return np.concatenate([self.read_logits(i) for i in blocks])
 
     def kernel(
         self,
@@ -321,7 +345,7 @@ class KernelHandle:
             FileNotFoundError: if the block is missing.
         """
         name = block_name(cell.i, cell.j)
-        header, table = self._read_own(name, cell.i, cell.rows)
+        header, table = self.read_own(name, cell.i, cell.rows)
         columns = (header.get("j"), header.get("col0"), header.get("col1"))
         if columns != (cell.j, cell.cols.start, cell.cols.stop):
             raise BlockCorruptError(
@@ -352,7 +376,7 @@ class KernelHandle:
             FileNotFoundError: if it is missing.
         """
         rows = self.grid.row_block(i)
-        _, table = self._read_own(logits_name(i), i, rows)
+        _, table = self.read_own(logits_name(i), i, rows)
         logits: np.ndarray = arrowfile.values(table["logits"])
         if logits.shape != (len(rows), self.num_outputs):
             raise BlockCorruptError(
@@ -366,11 +390,11 @@ class KernelHandle:
         self, kind: str, rows: range, cols: range
     ) -> Iterator[tuple[Place, Float[np.ndarray, "groups n c m c"]]]:
         pieces = list(self.grid.pieces(rows, cols))
-        present = self._present()
+        present = self.present()
         cells = {(piece.cell.i, piece.cell.j) for piece in pieces}
-        absent = sum(block_name(i, j) not in present for i, j in cells)
+        absent = [i for i, j in cells if block_name(i, j) not in present]
         if absent:
-            raise self._incomplete(f"{absent} of the {len(cells)} blocks needed")
+            raise self._incomplete(f"{len(absent)} of the {len(cells)} blocks needed", absent)
         names: Names | None = None
         for piece in pieces:
             block = self.read_block(piece.cell)
@@ -392,29 +416,39 @@ class KernelHandle:
         self._checked.add(key)
         return file
 
-    def _read_own(self, name: str, i: int, rows: range) -> tuple[dict[str, Any], pa.Table]:
-        """A file of this kernel and row block, or an error: files may have been copied around."""
+    def read_own(self, name: str, i: int, rows: range) -> tuple[dict[str, Any], pa.Table]:
+        """A file of this kernel and row block, or an error: files may have been copied around.
+
+        Args:
+            name: the file's.
+            i: the row block that it must be of.
+            rows: its examples.
+
+        Returns:
+            Header and table.
+
+        Raises:
+            BlockCorruptError: if it is damaged, or of another kernel or row block.
+        """
         file = self._read(name)
         found = {key: file.header.get(key) for key in ("fingerprint", "i", "row0", "row1")}
-        expected = self._header(i, rows)
+        expected = self.header(i, rows)
         if found != expected:
             raise BlockCorruptError(
                 arrowfile.damage(self.path / name, f"it is of {found}, not of {expected}")
             )
         return file.header, file.table
 
-    def _header(self, i: int, rows: range) -> dict[str, Json]:
+    def header(self, i: int, rows: range) -> dict[str, Json]:
+        """What a file of this kernel and row block says of itself."""
         return {"fingerprint": self.fingerprint, "i": i, "row0": rows.start, "row1": rows.stop}
 
     def _names(self) -> Names:
-        present = self._present()
+        present = self.present()
         for cell in self.grid.cells():
             if block_name(cell.i, cell.j) in present:
                 return self.read_block(cell).names
-        raise self._incomplete(f"all {self.grid.num_cells} blocks")
-
-    def _present(self) -> set[str]:
-        return {entry.name for entry in os.scandir(self.path)}
+        raise self._incomplete(f"all {self.grid.num_cells} blocks", [0])
 
     def _shape(self, cell: Cell) -> tuple[int, int, int, int]:
         return (len(cell.rows), self.num_outputs, len(cell.cols), self.num_outputs)
@@ -426,10 +460,19 @@ class KernelHandle:
     def _zeros(self, rows: range, cols: range) -> Float[np.ndarray, "n c m c"]:
         return np.zeros((len(rows), self.num_outputs, len(cols), self.num_outputs))
 
-    def _incomplete(self, what: str) -> KernelIncompleteError:
+    def _incomplete(self, what: str, absent: Sequence[int]) -> KernelIncompleteError:
+        """The error about missing files, `absent` the row blocks that they are of."""
+        cure = "Run `raykernel kernel` with its configuration to compute what is missing."
+        test, known = self.grid.test, self.grid.train_and_dev
+        if all(self.grid.row_block(i).start in test for i in absent):
+            cure = (
+                "They are test's, which is predicted without its kernel: run `raykernel kernel` "
+                "with its configuration and kernel.test_block=true to store that, too, or read "
+                f"train and dev alone, rows={known}."
+            )
         return KernelIncompleteError(
             f"kernel {self.fingerprint}: found a kernel without {what}, expected all of them. "
-            f"Run `raykernel kernel` with its configuration to compute what is missing."
+            f"{cure}"
         )
 
 

@@ -4,6 +4,8 @@ kernels    a row per result: (kernel, kind, solver settings)
 blocks     a row per block file, from its header
 examples   a row per example of every kernel
 groups     a row per (kernel, kind, layer group), with the trace of K(train, train)
+predictions
+           a row per (kernel, solution, test example) that was predicted without its kernel
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from raykernel.store import arrowfile, manifest
 from raykernel.store.blockfile import BLOCK_GLOB
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.predictions import PREDICTION_GLOB, solution_of
 from raykernel.store.results import TABLES as RESULT_TABLES
 
 _BLOCKS = pa.schema(
@@ -60,6 +63,20 @@ _GROUPS = pa.schema(
     ]
 )
 
+_PREDICTIONS = pa.schema(
+    [
+        ("fingerprint", pa.string()),
+        ("task", pa.string()),
+        ("model", pa.string()),
+        ("kind", pa.string()),
+        ("ridge", pa.float64()),
+        ("f0_scaling", pa.float64()),
+        ("num_groups", pa.int64()),
+        ("example", pa.int64()),
+        ("fitted", pa.list_(pa.float64())),  # K(x, train) α: the outputs without f0(x) / s
+    ]
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -83,8 +100,12 @@ def _blocks(store: Store) -> pa.Table:
     return table.cast(_BLOCKS)
 
 
+def _names(handle: KernelHandle) -> dict[str, Any]:
+    return {key: manifest.at(handle.identity, key, "name") for key in ("task", "model")}
+
+
 def _block_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
-    names = {key: manifest.at(handle.identity, key, "name") for key in ("task", "model")}
+    names = _names(handle)
     for path in sorted(handle.path.glob(BLOCK_GLOB)):
         header = arrowfile.read_header(path)
         yield {**header, **header.get("provenance", {}), **names, "bytes": path.stat().st_size}
@@ -114,7 +135,7 @@ def _groups(store: Store) -> pa.Table:
 def _group_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
     """Traces from the diagonal cells alone; null while one is missing."""
     cells = [cell for cell in handle.grid.cells() if cell.i == cell.j]
-    absent = {(cell.i, cell.j) for cell in handle.missing()}
+    absent = {(cell.i, cell.j) for cell in handle.missing(range(handle.grid.num_cols))}
     blocks = [handle.read_block(cell) for cell in cells if (cell.i, cell.j) not in absent]
     if not blocks:
         return
@@ -127,6 +148,27 @@ def _group_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
         yield {"fingerprint": handle.fingerprint, **row}
 
 
+def _predictions(store: Store) -> pa.Table:
+    rows = [row for handle in _handles(store) for row in _prediction_rows(handle)]
+    return pa.Table.from_pylist(rows, schema=_PREDICTIONS)
+
+
+def _prediction_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
+    for path in sorted(handle.path.glob(PREDICTION_GLOB)):
+        file = arrowfile.read(path, check=True)
+        solution = solution_of(file.header)
+        of = {
+            "fingerprint": handle.fingerprint,
+            **_names(handle),
+            "kind": solution.kind,
+            "ridge": solution.ridge,
+            "f0_scaling": solution.f0_scaling,
+            "num_groups": len(solution.groups),
+        }
+        for row in file.table.to_pylist():
+            yield {**of, **row}
+
+
 def _handles(store: Store) -> Iterator[KernelHandle]:
     for name in store.fingerprints():
         yield store.open(name)
@@ -137,5 +179,6 @@ TABLES = {
     "blocks": Listing(_BLOCKS, _blocks),
     "examples": Listing(_EXAMPLES, _examples),
     "groups": Listing(_GROUPS, _groups),
+    "predictions": Listing(_PREDICTIONS, _predictions),
 }
 """By name, as SQL knows them."""

@@ -56,6 +56,7 @@ TABLES = {
                 ("zero_shot", pa.float64()),  # on test, as the next two
                 ("linear_probe", pa.float64()),
                 ("kernel_regression", pa.float64()),
+                ("test_by", pa.string()),  # how test was predicted: tangent (J w) or block
                 ("dev", pa.float64()),  # of the ridge and scaling selected
                 ("ridge", pa.float64()),
                 ("f0_scaling", pa.float64()),

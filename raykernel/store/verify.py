@@ -10,15 +10,17 @@ from pathlib import Path
 
 from raykernel.errors import BlockCorruptError, InputError
 from raykernel.store import manifest
-from raykernel.store.arrowfile import damage, read
+from raykernel.store.arrowfile import damage, read, read_header
 from raykernel.store.blockfile import Names
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import stale_temporaries
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import TABLES, read_row_file
 
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
+_PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,16 +137,30 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
         except IndexError as error:
             raise BlockCorruptError(damage(file, str(error))) from error
         return handle.read_block(cell).names
-    if match := _LOGITS.fullmatch(file.name):
-        if int(match[1]) >= grid.num_row_blocks:
+    if match := _LOGITS.fullmatch(file.name) or _PREDICTION.fullmatch(file.name):
+        i = int(match[1])
+        if i >= grid.num_row_blocks:
             raise BlockCorruptError(damage(file, f"the grid has {grid.num_row_blocks} row blocks"))
-        handle.read_logits(int(match[1]))
+        if match.re is _LOGITS:
+            handle.read_logits(i)
+        else:
+            _check_prediction(handle, file, i)
     elif file.name == "examples.arrow":
         if handle.examples().num_rows != grid.num_rows:
             raise BlockCorruptError(damage(file, f"expected {grid.num_rows} examples"))
     else:
         _check_other(handle, file)
     return None
+
+
+def _check_prediction(handle: KernelHandle, file: Path, i: int) -> None:
+    try:
+        solution = solution_of(read_header(file))
+    except (LookupError, TypeError, ValueError) as error:
+        raise BlockCorruptError(damage(file, f"no prediction: {error}")) from error
+    if solution.file_name(i) != file.name:
+        raise BlockCorruptError(damage(file, f"it is of {solution.file_name(i)}"))
+    read_prediction(handle, solution, i)
 
 
 def _check_other(handle: KernelHandle, file: Path) -> None:
@@ -182,7 +198,8 @@ def _num_missing(store: Store) -> int:
     count = 0
     for name in store.fingerprints():
         try:
-            count += len(store.open(name).missing())
+            handle = store.open(name)
+            count += len(handle.missing(handle.rows_begun()))
         except InputError:  # its manifest is among the bad files
             continue
     return count

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from raykernel.analysis.regression import SplitData, kernel_regression, score
+from raykernel.analysis.regression import SplitData, judge, score, select
 from raykernel.analysis.ridge import one_hot, solve_ridge
 from raykernel.errors import InputError
 from raykernel.terms import Metric
@@ -28,9 +28,10 @@ def splits(seed: int = 0, n: int = 12, c: int = 2, p: int = 30):
 def test_the_selected_point_is_the_first_best_on_dev_and_its_test_score_is_reported():
     train, dev, test = splits()
     ridge, scaling = [0.0, 1e-2, 1.0], [10.0, math.inf]
-    result = kernel_regression(
-        train, dev, test, ridge=ridge, f0_scaling=scaling, metric=Metric.accuracy
-    )
+    metric = Metric.accuracy
+    selection = select(train, dev, ridge=ridge, f0_scaling=scaling, metric=metric)
+    outputs = selection.solution.predict(test.k, test.f0)[0, 0]
+    result = judge(selection, outputs, f0=test.f0, labels=test.labels, metric=metric)
     best = (-1.0, None)
     for s in scaling:
         for r in ridge:

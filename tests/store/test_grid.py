@@ -11,8 +11,9 @@ from raykernel.store.pieces import entries, place
 
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:
-    num_cols = draw(st.integers(1, 12))
-    return Grid(num_cols, num_cols + draw(st.integers(0, 12)), draw(st.integers(1, 9)))
+    num_cols, num_dev, num_test = (draw(st.integers(low, 12)) for low in (1, 0, 0))
+    num_rows = num_cols + num_dev + num_test
+    return Grid(num_cols, num_rows, draw(st.integers(1, 9)), num_dev)
 
 
 def test_cells_of_a_small_grid_column_by_column() -> None:
@@ -37,11 +38,25 @@ def test_every_entry_is_stored_exactly_once_after_mirroring(grid: Grid) -> None:
 
 
 @given(grids())
-def test_row_blocks_partition_the_rows_and_do_not_straddle_train(grid: Grid) -> None:
+def test_row_blocks_partition_the_rows_and_straddle_no_border(grid: Grid) -> None:
     blocks = grid.row_blocks()
     assert [example for block in blocks for example in block] == list(range(grid.num_rows))
-    assert all(block.stop <= grid.num_cols or block.start >= grid.num_cols for block in blocks)
+    for border in (grid.num_cols, grid.num_cols + grid.num_dev):
+        assert all(block.stop <= border or block.start >= border for block in blocks)
     assert all(1 <= len(block) <= grid.block_size for block in blocks)
+
+
+@given(grids(), st.data())
+def test_cells_of_some_rows_are_those_that_hold_their_entries(
+    grid: Grid, data: st.DataObject
+) -> None:
+    rows = range(*sorted(data.draw(st.tuples(*[st.integers(0, grid.num_rows)] * 2))))
+    needed = {piece.cell for piece in grid.pieces(rows, range(grid.num_cols))}
+    assert grid.cells(rows) == [cell for cell in grid.cells() if cell in needed]
+    # No cell holds entries of test and of other examples.
+    known, test = set(grid.cells(grid.train_and_dev)), set(grid.cells(grid.test))
+    assert known | test == set(grid.cells())
+    assert not known & test
 
 
 @given(grids())
@@ -72,6 +87,12 @@ def test_pieces_gather_any_rectangle(grid: Grid, data: st.DataObject) -> None:
 def test_impossible_grids_are_refused(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="num_cols"):
         Grid(*sizes)
+
+
+@pytest.mark.parametrize("num_dev", [-1, 4])
+def test_more_dev_than_there_are_rows_is_refused(num_dev: int) -> None:
+    with pytest.raises(ValueError, match="num_dev"):
+        Grid(2, 5, 1, num_dev)
 
 
 def test_cells_below_the_diagonal_are_not_stored() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from raykernel.errors import InputError
-from raykernel.store.groups import layer_of, select_groups
+from raykernel.store.groups import halved_ties, layer_of, select_groups
 
 NAMES = [
     "roberta.embeddings.word_embeddings",
@@ -83,3 +83,14 @@ def test_what_matches_nothing_is_an_error(criteria: dict[str, list[object]], mes
 def test_layer_of_a_module_path() -> None:
     assert [layer_of(name) for name in NAMES[:5]] == [None, 0, 0, 1, 10]
     assert layer_of("model.layers.3.mlp.experts.7.w1") == 3
+
+
+def test_halved_ties_are_cross_groups_of_which_some_uses_are_chosen() -> None:
+    names = ["a", "b", "c", "cross(a, b)", "cross(a, c)", "cross(b, c)", "d"]
+    for chosen, halved in (
+        (["d"], []),
+        (["a", "b", "c", "d"], []),
+        (["a"], ["cross(a, b)", "cross(a, c)"]),
+        (["a", "b"], ["cross(a, c)", "cross(b, c)"]),
+    ):
+        assert halved_ties(names, select_groups(names, groups=chosen)) == halved

@@ -212,3 +212,26 @@ def test_several_kernels_need_a_fingerprint(tmp_path: Path) -> None:
 def test_unknown_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"found 'sgdd'.*did you mean 'sgd'"):
         stores.complete(tmp_path).kernel(kind="sgdd")
+
+
+def test_a_kernel_without_test_reads_what_it_has_and_says_how_to_get_the_rest(
+    tmp_path: Path,
+) -> None:
+    grid = Grid(num_cols=4, num_rows=11, block_size=2, num_dev=3)
+    handle = stores.begin(tmp_path, grid=grid)
+    assert handle.missing(grid.train_and_dev) == handle.missing()[:3] + handle.missing()[5:9]
+    for cell in handle.missing(grid.train_and_dev):
+        stores.write(handle, cell)
+    assert handle.rows_begun() == grid.train_and_dev
+    known = handle.kernel(rows=grid.train_and_dev)
+    np.testing.assert_array_equal(known, expected(handle, stores.GROUPS)[:7])
+    np.testing.assert_array_equal(handle.logits(range(7)), stores.logits(range(7)))
+    hint = r"kernel\.test_block=true to store that, too, or read .* rows=range\(0, 7\)"
+    for read in (handle.kernel, lambda: handle.kernel(rows=range(7, 8)), handle.logits):
+        with pytest.raises(KernelIncompleteError, match=hint):
+            read()
+    stores.write(handle, grid.cell(5, 1))
+    assert handle.rows_begun() == grid.rows
+    (handle.path / "block-0000-0001.arrow").unlink()
+    with pytest.raises(KernelIncompleteError, match="to compute what is missing"):
+        handle.kernel()

@@ -40,6 +40,7 @@ def row(fingerprint: str, **changes: object) -> dict[str, object]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     handle = stores.complete(tmp_path)
+    stores.predict(handle, 3)
     store = open_store(tmp_path)
     store.write_result("kernels", row(handle.fingerprint))
     return store
@@ -108,6 +109,16 @@ def test_blocks_are_listed_from_their_headers(store: Store) -> None:
     assert found["n"] == 12
     assert found["bytes"] > 12 * 300
     assert found["t"].tzinfo is not None
+
+
+def test_predictions_are_listed_by_example(store: Store) -> None:
+    sql = "SELECT example, id, fitted, ridge, num_groups FROM predictions JOIN examples USING "
+    found = query(store.path, sql + "(fingerprint, example) ORDER BY example").to_pylist()
+    assert [entry["id"] for entry in found] == ["train:5", "train:6"]
+    for entry in found:
+        expected = -stores.logits(range(entry["example"], entry["example"] + 1))[0]
+        assert entry["fitted"] == expected.tolist()
+        assert (entry["ridge"], entry["num_groups"]) == (0.01, len(stores.GROUPS))
 
 
 def test_traces_of_groups_are_the_train_kernels(store: Store) -> None:

@@ -1,0 +1,243 @@
+"""Kernel regression end to end: test by J w and through its kernel are the same predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.compose import compose_runs
+from raykernel.config import RunConfig
+from raykernel.console import Screen
+from raykernel.errors import KernelIncompleteError
+from raykernel.pipeline import Outcome, kernel, show_outcome
+from raykernel.plan import make_plan, show_plan
+from raykernel.store.arrowfile import read_header
+from raykernel.store.blocks import Store, open_store
+from raykernel.store.kernels import KernelHandle
+from raykernel.store.predictions import PREDICTION_GLOB, read_predictions, solution_of
+from raykernel.terms import PredictedBy
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_masked_lm(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_reviews(tmp_path / "reviews.tsv")
+    return tmp_path
+
+
+def arguments(model: Path, **changes: str) -> list[str]:
+    """Overrides of a small kernel: 6 train, 6 dev and 7 test examples, cut into threes."""
+    chosen = {
+        "task": "file",
+        "task.train": "reviews.tsv",
+        "task.text": "[review]",
+        "task.label": "rating",
+        "task.k": "3",
+        "task.test_limit": "7",
+        "model": "hf",
+        "model.name": str(model),
+        "prompt.template": '"{review} It was {label}."',
+        "prompt.words": "{negative: terrible, positive: great}",
+        "kernel.block_size": "3",
+        "store.path": "store",
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in chosen.items()]
+
+
+def config_of(model: Path, **changes: str) -> RunConfig:
+    (run,) = compose_runs("kernel", arguments(model, **changes))
+    return run.config
+
+
+def run(model: Path, **changes: str) -> Outcome:
+    return kernel(config_of(model, **changes), (), Screen())
+
+
+def rows() -> list[dict[str, object]]:
+    found: list[dict[str, object]] = Store("store").results("kernels").to_pylist()
+    return found
+
+
+def stored_predictions(handle: KernelHandle) -> np.ndarray:
+    (solution,) = {solution_of(read_header(path)) for path in handle.path.glob(PREDICTION_GLOB)}
+    return read_predictions(handle, solution, handle.grid.test)
+
+
+def labels_of(handle: KernelHandle) -> np.ndarray:
+    return (np.array(handle.examples()["label"].to_pylist()) == "positive").astype(int)
+
+
+def through_the_kernel(
+    handle: KernelHandle, row: dict[str, object], groups: list[str]
+) -> np.ndarray:
+    """K(test, train) α of the ridge and the scaling that a row of results names."""
+    grid = handle.grid
+    labels = labels_of(handle)
+    train = range(grid.num_cols)
+    solution = solve_ridge(
+        handle.kernel(groups or None, rows=train),
+        one_hot(labels[: grid.num_cols], 2),
+        ridge=[row["ridge"]],  # type: ignore[list-item]
+        f0=handle.logits(range(grid.num_cols)),
+        f0_scaling=[row["f0_scaling"]],  # type: ignore[list-item]
+        resolution=float(np.finfo(handle.manifest.dtype).eps) * 2 * grid.num_cols,
+    )
+    k = handle.kernel(groups or None, rows=grid.test)
+    return np.einsum("iajb,jb->ia", k, solution.alpha[0, 0])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
+@pytest.mark.parametrize("groups", [[], [r"layer\.1\."]])
+def test_both_ways_give_the_same_predictions_and_scores(
+    model: Path, here: Path, precision: str, tolerance: float, groups: list[str]
+) -> None:
+    changes = {"kernel.precision": precision, "solver.groups": f"[{','.join(groups)}]"}
+    # A small divisor: the initial logits decide many a prediction.
+    changes |= {"solver.ridge": "[0.01,0.1]", "solver.f0_scaling": "[0.2]"}
+    short = run(model, **changes)
+    (by_tangent,) = rows()
+    assert (short.regression.by, short.regression.num_computed) == (PredictedBy.tangent, 7)
+    # 3 cells of train with itself, 4 of dev with train, none of test.
+    assert short.completion.blocks_total == by_tangent["blocks_total"] == 7
+    handle = open_store("store").open()
+    with pytest.raises(KernelIncompleteError, match=r"kernel\.test_block=true"):
+        handle.kernel()
+    long = run(model, **changes, kernel__test_block="true")
+    (by_block,) = rows()
+    assert (long.completion.blocks_total, long.completion.blocks_computed) == (13, 6)
+    assert (by_tangent["test_by"], by_block["test_by"]) == ("tangent", "block")
+    same = ("fingerprint", "kernel_regression", "zero_shot", "dev", "ridge", "f0_scaling")
+    assert [by_tangent[name] for name in same] == [by_block[name] for name in same]
+    expected = through_the_kernel(handle, by_block, groups)
+    found = stored_predictions(handle)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    test = handle.grid.test
+    h = expected + handle.logits(test) / by_block["f0_scaling"]  # type: ignore[operator]
+    accuracy = (h.argmax(1) == labels_of(handle)[test.start :]).mean()
+    assert by_tangent["kernel_regression"] == accuracy
+    # What is stored is used: neither blocks nor predictions are computed any more.
+    again = run(model, **changes)
+    assert (again.completion.blocks_computed, again.regression.num_computed) == (0, 0)
+    assert again.regression.by is PredictedBy.block
+
+
+def test_a_second_run_computes_nothing_and_a_new_ridge_only_predictions(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(model, **{"solver.ridge": "[0.1]"})
+    show_outcome(first, Screen())
+    assert "test predicted without its kernel (J w), 7 examples in" in capsys.readouterr().out
+    files = {path: path.stat().st_ino for path in (here / "store").rglob("*")}
+    again = run(model, **{"solver.ridge": "[0.1]"})
+    show_outcome(again, Screen())
+    captured = capsys.readouterr()
+    assert "computing 0 blocks" in captured.err
+    assert "computing 0 predictions" in captured.err
+    assert "(J w), stored before" in captured.out
+    assert {path: path.stat().st_ino for path in (here / "store").rglob("*")} == files
+    assert again.regression.results == first.regression.results
+    other = run(model, **{"solver.ridge": "[10.0]"})
+    assert other.completion.blocks_computed == 0
+    assert other.regression.num_computed == 7
+    assert len(rows()) == 2
+
+
+def test_a_damaged_prediction_is_computed_again(model: Path, here: Path) -> None:
+    run(model)
+    path, *_ = sorted(here.glob("store/kernels/*/prediction-*"))
+    path.write_bytes(path.read_bytes()[:-100])
+    assert run(model).regression.num_computed == 3
+
+
+def test_signs_on_both_sides_need_the_kernel_of_test(model: Path, here: Path) -> None:
+    outcome = run(model, **{"kernel.kinds": "[sgd,signgd]"})
+    assert outcome.regression.by is PredictedBy.block
+    assert outcome.completion.blocks_total == outcome.prepared.grid.num_cells
+    assert not list(here.glob("store/kernels/*/prediction-*"))
+
+
+def test_a_kind_that_is_not_solved_needs_no_test(model: Path, here: Path) -> None:
+    outcome = run(model, **{"kernel.kinds": "[asigngd]"})
+    assert (outcome.regression.by, outcome.completion.blocks_total) == (None, 7)
+    show_outcome(outcome, Screen())
+
+
+def test_some_uses_of_a_tied_parameter_need_the_kernel_of_test(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = {"solver.groups": "[word_embeddings]"}
+    outcome = run(model, **groups)
+    assert outcome.regression.by is PredictedBy.block
+    assert outcome.completion.blocks_total == outcome.completion.blocks_computed == 13
+    said = capsys.readouterr().err
+    assert said.count("Note: solver.groups chooses some but not all uses of a tied") == 1
+    plan = make_plan(config_of(model, **groups), Screen())
+    assert (len(plan.cells), plan.missing, plan.num_predicted) == (13, [], 0)
+    # Both uses are one parameter.
+    both = run(model, **{"solver.groups": "[word_embeddings,decoder]", "store.path": "other"})
+    assert both.regression.by is PredictedBy.tangent
+
+
+def test_plan_counts_what_is_wanted(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = [make_plan(config_of(model), Screen())]
+    assert (len(plans[0].cells), len(plans[0].missing), plans[0].num_predicted) == (7, 7, 7)
+    assert 0 < plans[0].prediction_flops < plans[0].flops
+    assert 0 < plans[0].prediction_seconds < plans[0].seconds
+    show_plan(plans[0], Screen())
+    assert "7 examples predicted without their kernel (J w)" in capsys.readouterr().out
+    outcome = run(model)
+    stored = sum(path.stat().st_size for path in here.glob("store/kernels/*/block-*"))
+    assert plans[0].store_bytes < stored
+    done = make_plan(config_of(model), Screen())
+    assert (done.missing, done.num_predicted, done.flops, done.seconds) == ([], 0, 0.0, 0.0)
+    more = make_plan(config_of(model, kernel__test_block="true"), Screen())
+    assert (len(more.cells), len(more.missing), more.num_predicted) == (13, 6, 0)
+    assert outcome.prepared.fingerprint == more.prepared.fingerprint
+
+
+def test_a_linear_probe_is_predicted_from(model: Path, here: Path) -> None:
+    changes = {"prompt": "none", "kernel.precision": "float64"}
+    without = ("prompt.template", "prompt.words")
+    config = _without(arguments(model, **changes), without)
+    first = kernel(config, (), Screen())
+    kernel_too = dataclasses.replace(config.kernel, test_block=True)
+    second = kernel(dataclasses.replace(config, kernel=kernel_too), (), Screen())
+    assert [o.regression.by for o in (first, second)] == [PredictedBy.tangent, PredictedBy.block]
+    assert first.regression.results == second.regression.results
+    (row,) = rows()
+    handle = open_store("store").open()
+    expected = through_the_kernel(handle, row, [])
+    found = stored_predictions(handle)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def _without(overrides: list[str], keys: tuple[str, ...]) -> RunConfig:
+    kept = [text for text in overrides if text.partition("=")[0] not in keys]
+    (run,) = compose_runs("kernel", kept)
+    return run.config
+
+
+@pytest.mark.ray
+def test_ray_workers_predict_the_same_bits(model: Path, here: Path) -> None:
+    run(model)
+    command = [sys.executable, "-m", "raykernel", "kernel", *arguments(model, store__path="ray")]
+    done = subprocess.run(
+        [*command, "compute=ray", "compute.workers=2"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("test predictions:") <= 2
+    inline, ray = (open_store(path).open() for path in ("store", "ray"))
+    assert stored_predictions(ray).tobytes() == stored_predictions(inline).tobytes()
