@@ -178,7 +178,11 @@ def chunk_sizes(
         for way in ways
         if (sizes := sized(batch, rows, cols, *way)).peak_bytes <= limit
     ]
-    best = min(fitting, key=lambda sizes: (slowness(sizes, num_outputs), sizes.peak_bytes))
+
+    def slow(sizes: Sizes) -> tuple[float, int]:
+        return slowness(sizes, num_outputs, block_size), sizes.peak_bytes
+
+    best = min(fitting, key=slow)
     more = range(1, MAX_RESIDENT + 1) if best.resident else ()
     kept = [
         sized(best.batch, best.rows, best.cols, count, best.stream, best.packed) for count in more
@@ -327,21 +331,23 @@ def chunks(batch: int, block_size: int) -> list[int]:
     return [*range(batch, block_size, batch), block_size]
 
 
-def slowness(sizes: Sizes, num_outputs: int) -> float:
+def slowness(sizes: Sizes, num_outputs: int, block_size: int) -> float:
     """Time that a pair of examples takes, in products of a token with all weights.
 
     Args:
         sizes: how a cell is worked off.
         num_outputs: c.
+        block_size: examples on a side of a cell.
 
     Returns:
         c (1/r + 1/q) + (1 + c)(1 + 1/(4b)) / q, per token; where examples are streamed with one
         pass more, where columns are not kept with their passes, too, and where they are packed
-        with a tenth of c/r.
+        with a tenth of c/r. A chunk that does not divide the block counts as a whole one more.
     """
+    by_row, by_col = (-(-block_size // size) / block_size for size in (sizes.rows, sizes.cols))
     capture = (1 + num_outputs + sizes.stream) * (1 + 0.25 / sizes.batch)
-    captures = 1 / sizes.cols + (0 if sizes.resident else 1 / sizes.rows)
-    formed = 1 / sizes.cols + (_UNPACKED if sizes.packed else 1) / sizes.rows
+    captures = by_col + (0 if sizes.resident else by_row)
+    formed = by_col + (_UNPACKED if sizes.packed else 1) * by_row
     return num_outputs * formed + capture * captures
 
 

@@ -72,7 +72,7 @@ def test_more_memory_never_makes_chunks_slower(footprint: Footprint) -> None:
         chunk_sizes(footprint, ComputeConfig(memory_gb=gb / 4), block_size=16, num_outputs=2)
         for gb in range(5, 40)
     ]
-    times = [slowness(s, 2) for s in sizes]
+    times = [slowness(s, 2, 16) for s in sizes]
     assert times == sorted(times, reverse=True)
     assert sizes[-1].rows == sizes[-1].cols == 16
     assert sizes[-1].resident > 1
@@ -131,7 +131,7 @@ def test_streaming_makes_a_small_memory_faster() -> None:
             for footprint in (FOOTPRINT, STREAMED)
         )
         assert sizes.stream == streams
-        assert slowness(sizes, 2) <= slowness(whole, 2)
+        assert slowness(sizes, 2, 32) <= slowness(whole, 2, 32)
     assert chunk_sizes(STREAMED, small, block_size=32, num_outputs=2).rows == 32
 
 
@@ -142,7 +142,7 @@ def test_packed_columns_leave_room_for_more(factors: Footprint, signs: Footprint
         compute = ComputeConfig(memory_gb=memory_gb)
         sizes = [chunk_sizes(f, compute, block_size=16, num_outputs=2) for f in (factors, signs)]
         assert [own.packed for own in sizes] == [False, True]
-        assert slowness(sizes[1], 2) < slowness(sizes[0], 2)
+        assert slowness(sizes[1], 2, 16) < slowness(sizes[0], 2, 16)
         counts = [own.resident * own.cols for own in sizes]
         assert counts[1] > 3 * counts[0]
 
