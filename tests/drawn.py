@@ -73,12 +73,12 @@ def _attend(m: nn.Module, h: Tensor, mask: Tensor) -> Tensor:
     return h + weights @ m.value(h)
 
 
-def _choose(m: nn.Module, h: Tensor, mask: Tensor) -> Tensor:
+def _choose(m: nn.Module, h: Tensor, *, idle: bool) -> Tensor:
     flat = h.flatten(0, 1)
-    chosen = flat[:, 0] > 0
     out = torch.zeros_like(flat)
-    out[chosen] = m.first(flat[chosen])
-    out[~chosen] = m.second(flat[~chosen])
+    for expert, chosen in ((m.first, flat[:, 0] > 0), (m.second, flat[:, 0] <= 0)):
+        if idle or chosen.any():  # an idle one runs on no token
+            out[chosen] = expert(flat[chosen])
     return h + out.view_as(h)
 
 
@@ -143,7 +143,12 @@ LAYERS: dict[str, Layer] = {
     "some_rows": lambda d, w: cases.Module(
         lambda m, h, mask: h + F.linear(h, m.matrix[torch.arange(d) // 2]), matrix=_matrix(d)
     ),
-    "experts": lambda d, w: cases.Module(_choose, first=nn.Linear(d, d), second=nn.Linear(d, d)),
+    "experts": lambda d, w: cases.Module(
+        lambda m, h, mask: _choose(m, h, idle=False), first=nn.Linear(d, d), second=nn.Linear(d, d)
+    ),
+    "idle_experts": lambda d, w: cases.Module(
+        lambda m, h, mask: _choose(m, h, idle=True), first=nn.Linear(d, d), second=nn.Linear(d, d)
+    ),
     "in_place": lambda d, w: cases.Module(
         _change_in_place, first=nn.Linear(d, d), second=nn.Linear(d, d)
     ),
@@ -297,8 +302,9 @@ def pieces(batch: cases.Batch, sizes: Iterable[int], *, crop: bool) -> list[case
 
 # ------------------------------------------------------------------ strategies
 NO_CHAIN = ("around", "reversed", "first_again")
-NO_RULE = ("convolution", "experts", "unknown", "unknown_leaf")
-RULED = tuple(name for name in LAYERS if name not in NO_RULE)
+ONE_BY_ONE = ("experts", "idle_experts")
+NO_RULE = ("convolution", "unknown", "unknown_leaf")
+RULED = tuple(name for name in LAYERS if name not in NO_RULE + ONE_BY_ONE)
 
 _lengths = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=5).map(tuple)
 _places = st.integers(0, 20)
@@ -356,4 +362,4 @@ ODD = _recipes(
 )
 """Models with parameters that no rule covers, and examples that have to be traced one by one."""
 
-RECIPES = CHAINS | TIED | ODD
+FAMILIES = {"chain": CHAINS, "tied": TIED, "odd": ODD}

@@ -309,7 +309,7 @@ def _group_blocks(
     total = {kind: rows.logits.new_zeros((n * c, m * c), dtype=dtype) for kind in kinds}
     of_signs = [kind for kind in kinds if kind.has_signs]
     complete: set[str] = set()
-    for name, owners in _signed_parameters(rows, group).items() if of_signs else ():
+    for name, owners in _signed_parameters(rows, cols, group).items() if of_signs else ():
         # The gradients formed for signs serve sgd, too, but a tied parameter's share of that is
         # in every group that uses it.
         own = kinds if owners == (group,) else of_signs
@@ -332,17 +332,21 @@ def _group_blocks(
     return {kind: block.view(n, c, m, c) for kind, block in total.items()}
 
 
-def _signed_parameters(capture: Capture | SignedCapture, group: str) -> dict[str, tuple[str, ...]]:
+def _signed_parameters(
+    rows: Capture | SignedCapture, cols: Capture | SignedCapture, group: str
+) -> dict[str, tuple[str, ...]]:
     """Parameters whose kernels of signs stand in this group, with all groups that use them."""
-    names = capture.names
+    # A module that no row example reached may have run on columns.
+    of_cols = cols.names
+    used = {g: dict.fromkeys([*own, *of_cols[g]]) for g, own in rows.names.items()}
     home: dict[str, str] = {}
-    for cross, (first, second) in capture.crosses.items():
-        shared = (name for name in names[first] if name in names[second])
+    for cross, (first, second) in rows.crosses.items():
+        shared = (name for name in used[first] if name in used[second])
         home.update({name: cross for name in shared if name not in home})
-    if group in capture.crosses:
+    if group in rows.crosses:
         here = [name for name, cross in home.items() if cross == group]
-        return {name: tuple(g for g, own in names.items() if name in own) for name in here}
-    return {name: (group,) for name in names[group] if name not in home}
+        return {name: tuple(g for g, own in used.items() if name in own) for name in here}
+    return {name: (group,) for name in used[group] if name not in home}
 
 
 def _uses(

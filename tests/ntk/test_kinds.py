@@ -113,6 +113,32 @@ def test_flipped_is_the_transpose_from_the_other_side():
         assert oracles.relative_error(block, other) < 1e-5
 
 
+def test_signs_of_a_tied_matrix_are_whole_where_rows_and_columns_use_it_elsewhere():
+    """Two experts share a matrix; the row examples reach one of them, the columns both."""
+
+    def forward(m, x):
+        out = torch.zeros_like(x)
+        chosen = x[:, 0] > 0
+        for expert, own in ((m.first, chosen), (m.second, ~chosen), (m.both, x[:, 0] > 1)):
+            if own.any():
+                out[own] = out[own] + torch.tanh(expert(x[own]))
+        return m.head(out)
+
+    torch.manual_seed(0)
+    experts = {name: torch.nn.Linear(3, 3) for name in ("first", "second", "both")}
+    model = cases.Module(forward, **experts, head=torch.nn.Linear(3, 2)).double()
+    for expert in experts.values():
+        expert.weight = model.first.weight
+    rows = {"x": torch.tensor([[0.5, 0.2, -1.0], [0.3, 1.0, 2.0]]).double()}
+    cols = {"x": torch.tensor([[-0.5, 0.7, 1.1], [2.0, -0.3, 0.4], [-3.0, 0.1, 0.2]]).double()}
+    for left, right in ((rows, cols), (cols, rows), (cols, None)):
+        expected = definition(model, cases.readout, left, right)
+        blocks = empirical_kernel(model, cases.readout, left, right, kinds=KINDS, dead_zone=1e-9)
+        for kind in KINDS:
+            actual = sum(blocks[kind].values())
+            assert oracles.relative_error(actual, expected[kind]) < 1e-12, kind
+
+
 PARTS = st.lists(
     st.sampled_from(["lookup", "rows", "product", "turned", "some_rows"]), min_size=1, max_size=3
 )
