@@ -4,7 +4,7 @@ Ray places processes, carries integers and tells us when a process is gone. Ever
 ours, because Ray's own retries do not survive a lost node: every failed call eats one retry while
 an actor restarts, so that 2 or 5 retries are gone before the node is even noticed as dead (about
 15 s; ray #44719). So an actor never restarts: when it is lost it is written off, its jobs go back
-into the queue and a new actor takes its place. Jobs are idempotent: what was half done, or done
+into the backlog and a new actor takes its place. Jobs are idempotent: what was half done, or done
 and not reported, is simply done again.
 
 An actor does its jobs in the order of submission. So of the jobs lost with it, the first is
@@ -21,7 +21,6 @@ import os
 import platform
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, cast
@@ -36,6 +35,7 @@ from ray import exceptions as ray_errors
 
 from raykernel.compute import trouble
 from raykernel.compute.address import TOKEN_HINT, check_address
+from raykernel.compute.backlog import Backlog, Task
 from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, attempt, versions
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError, RunError, WorkerLostError
@@ -94,11 +94,11 @@ class RayExecutor:
         Raises:
             RaykernelError: if `make` fails, or if workers die before they are ready.
         """
-        queue = deque(_Job(job) for job in jobs)
-        if not queue:
+        backlog = Backlog(jobs)
+        if not backlog:
             return
         pool: _Pool[JobT, ResultT] = _Pool(
-            self._compute, self._say, ray.put(make), queue, local=self._local
+            self._compute, self._say, ray.put(make), backlog, local=self._local
         )
         try:
             yield from pool.outcomes()
@@ -173,12 +173,6 @@ class _Shell:
         return attempt(self._work, job)
 
 
-@dataclass(slots=True)
-class _Job(Generic[JobT]):
-    job: JobT
-    attempts: int = 0
-
-
 @dataclass(slots=True, eq=False)
 class _Actor(Generic[JobT]):
     """An actor as the driver sees it."""
@@ -187,8 +181,10 @@ class _Actor(Generic[JobT]):
     greeting: Any
     """Reference of `hello`, then of `load`; None once the worker is ready."""
     placed: bool = False
-    jobs: dict[Any, _Job[JobT]] = field(default_factory=dict)
+    jobs: dict[Any, Task[JobT]] = field(default_factory=dict)
     """Reference → job, in the order of submission."""
+    last: int | None = None
+    """Index of the job submitted last."""
 
     @property
     def ready(self) -> bool:
@@ -197,12 +193,12 @@ class _Actor(Generic[JobT]):
 
 @dataclass(slots=True)
 class _Pool(Generic[JobT, ResultT]):
-    """The actors and the queue of one run."""
+    """The actors and the backlog of one run."""
 
     compute: ComputeConfig
     say: Callable[[str], None]
     make: Any
-    queue: deque[_Job[JobT]]
+    backlog: Backlog[JobT]
     local: bool
     actors: list[_Actor[JobT]] = field(default_factory=list)
     lost_starts: int = 0
@@ -215,7 +211,7 @@ class _Pool(Generic[JobT, ResultT]):
     def outcomes(self) -> Iterator[Outcome[JobT, ResultT]]:
         """Outcomes until no job is left."""
         self._check_resources()
-        while self.queue or any(actor.jobs for actor in self.actors):
+        while self.backlog or any(actor.jobs for actor in self.actors):
             self._hire()
             self._feed()
             by_reference = {ref: actor for actor in self.actors for ref in _references(actor)}
@@ -236,7 +232,7 @@ class _Pool(Generic[JobT, ResultT]):
 
     def _hire(self) -> None:
         """Start actors up to `compute.workers`, but none that would have nothing to do."""
-        open_jobs = len(self.queue) + sum(len(actor.jobs) for actor in self.actors)
+        open_jobs = len(self.backlog) + sum(len(actor.jobs) for actor in self.actors)
         while len(self.actors) < min(self.compute.workers, open_jobs):
             actor: Any = ray.remote(_Shell)
             handle = actor.options(
@@ -254,10 +250,12 @@ class _Pool(Generic[JobT, ResultT]):
                 suspected = any(job.attempts > 1 for job in actor.jobs.values())
                 if not actor.ready or len(actor.jobs) != depth or suspected:
                     continue
-                if self.queue and (depth == 0 or self.queue[0].attempts == 0):
-                    job = self.queue.popleft()
-                    job.attempts += 1
-                    actor.jobs[actor.handle.do.remote(job.job)] = job
+                others = [a.last for a in self.actors if a is not actor and a.last is not None]
+                task = self.backlog.take(actor.last, others, idle=depth == 0)
+                if task is not None:
+                    task.attempts += 1
+                    actor.last = task.index
+                    actor.jobs[actor.handle.do.remote(task.job)] = task
 
     # -------------------------------------------------------- taking
 
@@ -313,7 +311,6 @@ class _Pool(Generic[JobT, ResultT]):
                     f"{self.lost_starts} workers in a row died before they had loaded the model "
                     f"({cause}). {trouble.advice(self.compute)}"
                 ) from error
-        waiting: list[_Job[JobT]] = []
         charged = False
         for reference, job in actor.jobs.items():
             value = _value_if_finished(reference)
@@ -321,17 +318,16 @@ class _Pool(Generic[JobT, ResultT]):
                 yield _outcome(job, value)
             elif charged:
                 job.attempts -= 1
-                waiting.append(job)
+                self.backlog.put_back(job, suspect=False)
             else:
                 charged = True
                 if job.attempts < self.compute.max_attempts:
                     self.say(f"A worker died ({cause}); its job is given to another one.")
-                    self.queue.append(job)  # at the end: should it kill again, the rest is done
+                    self.backlog.put_back(job, suspect=True)
                 else:
                     text = f"{job.job} was tried {job.attempts} times, each time its worker died"
                     lost = WorkerLostError(f"{text} ({cause}). {trouble.advice(self.compute)}")
                     yield _outcome(job, lost)
-        self.queue.extendleft(reversed(waiting))
 
     # -------------------------------------------------------- watching
 
@@ -378,7 +374,7 @@ def _references(actor: _Actor[JobT]) -> list[Any]:
     return list(actor.jobs) if actor.ready else [actor.greeting]
 
 
-def _outcome(job: _Job[JobT], value: Any) -> Outcome[JobT, Any]:
+def _outcome(job: Task[JobT], value: Any) -> Outcome[JobT, Any]:
     """The outcome that a job's answer, or its error, amounts to."""
     if isinstance(value, Success):
         return Outcome(job.job, job.attempts, result=value.value)

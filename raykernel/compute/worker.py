@@ -473,12 +473,13 @@ class Worker:
 
     @property
     def _keeps_all(self) -> bool:
-        """Whether every chunk of the kernel has room: then rows are captured once, too."""
+        """Whether every chunk has room and use for it: then rows are captured once, too."""
         sizes, grid = self._sizes, self._handle.grid
         wanted = grid.train_and_dev if self._spec.kernel.predicts else grid.rows
         blocks = (grid.row_block(i) for i in grid.row_indices(wanted))
         chunks = sum(-(-len(block) // sizes.rows) for block in blocks)
-        return sizes.rows == sizes.cols and chunks <= sizes.resident
+        used_again = grid.num_col_blocks > 1 and sizes.rows == sizes.cols
+        return used_again and chunks <= sizes.resident
 
     def _is_stored(self, cell: Cell) -> bool:
         return can_read(lambda: self._handle.read_block(cell)) and can_read(

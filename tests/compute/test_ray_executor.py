@@ -92,8 +92,8 @@ def test_at_most_in_flight_jobs_wait_at_a_worker(
             depths.extend(len(actor.jobs) for actor in self.actors)
 
     make = ray_executor.ray.put(toy.start)
-    queue = ray_executor.deque(ray_executor._Job(job) for job in range(12))
-    pool = Watched(ray_compute, print, make, queue, local=True)
+    backlog = ray_executor.Backlog(range(12))
+    pool = Watched(ray_compute, print, make, backlog, local=True)
     assert len(list(pool.outcomes())) == 12
     pool.kill()
     assert max(depths) == ray_compute.in_flight
