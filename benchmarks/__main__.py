@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks.comparison import comparison, regression_table
 from benchmarks.scaling import memory_table, time_table
+from benchmarks.sharing import kinds_table, lora_table
 from benchmarks.tables import RESULTS, Table, circumstances, write_results
 from benchmarks.timing import Say, pin_threads
 from benchmarks.workers import worker_table
@@ -24,6 +25,8 @@ def _compare(name: str, rounds: int, say: Say) -> Table:
 SECTIONS: dict[str, Callable[[int, Say], Table]] = {
     **{name: partial(_compare, name) for name in WORKLOADS},
     "W6": regression_table,
+    "kinds": kinds_table,
+    "lora": lora_table,
     "scaling": time_table,
     "memory": memory_table,
     "workers": worker_table,

@@ -22,12 +22,22 @@ from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell, Grid
 from raykernel.terms import Architecture, ExecutorName
 
-BLOCK_SIZE = 32
+BLOCK_SIZE = 64
 FEW_SHOT = Grid(num_cols=BLOCK_SIZE, num_rows=20 * BLOCK_SIZE, block_size=BLOCK_SIZE)
 HALF = Grid(num_cols=BLOCK_SIZE, num_rows=10 * BLOCK_SIZE, block_size=BLOCK_SIZE)
 SQUARE = Grid(num_cols=5 * BLOCK_SIZE, num_rows=6 * BLOCK_SIZE, block_size=BLOCK_SIZE)
-"""Twenty and ten blocks of few train examples and many others, and twenty of many train examples,
-where every worker captures most of what the others do."""
+"""Twenty and ten blocks of few train texts and many others, and twenty of many train texts, where
+every worker captures most of what the others do."""
+
+JOBS = {
+    "20 blocks, 64 train texts, d=256": (256, FEW_SHOT),
+    "10 blocks, 64 train texts, d=256": (256, HALF),
+    "20 blocks, 64 train texts, d=128": (128, FEW_SHOT),
+    "20 blocks, 320 train texts, d=128": (128, SQUARE),
+}
+"""Width of the model and grid by name."""
+
+WHOLE, HALVED, *_ = JOBS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,55 +56,45 @@ def worker_table(_: int, say: Say) -> Table:
     """Inline, and with one and two Ray workers of one thread each."""
     compute = {
         "inline": ComputeConfig(batch_size=BLOCK_SIZE),
-        "Ray, 1 worker": ComputeConfig(ExecutorName.ray, workers=1, batch_size=BLOCK_SIZE),
-        "Ray, 2 workers": ComputeConfig(ExecutorName.ray, workers=2, batch_size=BLOCK_SIZE),
+        "1 worker": ComputeConfig(ExecutorName.ray, workers=1, batch_size=BLOCK_SIZE),
+        "2 workers": ComputeConfig(ExecutorName.ray, workers=2, batch_size=BLOCK_SIZE),
     }
-    workload = roberta("", "", texts=FEW_SHOT.num_rows)
-    jobs: dict[tuple[str, Grid], Job] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model = _save(workload, Path(folder) / "model")
-        for name, resources in compute.items():
-            for grid in (FEW_SHOT, HALF, SQUARE):
-                say(f"{name}, {grid.num_cells} blocks, {grid.num_cols} columns")
-                store = Path(folder) / f"{name}-{grid.num_rows}"
-                jobs[name, grid] = _run(_spec(workload, model, grid, resources, store))
     table = Table(
-        "Workers: blocks of 32 x 32 texts, RoBERTa d=128, 4 layers, T=16 to 32, one thread each",
-        [
-            "",
-            "20 blocks, 32 train (s)",
-            "speed-up",
-            "10 blocks, 32 train (s)",
-            "20 blocks, 160 train (s)",
-            "speed-up",
-            "start (s)",
-            "same bits",
-        ],
+        f"Workers: blocks of {BLOCK_SIZE} x {BLOCK_SIZE} texts, RoBERTa, 4 layers, T=16 to 32, one "
+        "thread each",
+        ["", "inline (s)", "1 worker (s)", "2 workers (s)", "2 to 1", "start (s)", "same bits"],
     )
-    for name in compute:
-        few, square = jobs[name, FEW_SHOT], jobs[name, SQUARE]
-        same = all(
-            np.array_equal(jobs[name, grid].kernel, jobs["inline", grid].kernel)
-            for grid in (FEW_SHOT, HALF, SQUARE)
-        )
+    found: dict[str, dict[str, Job]] = {}
+    for name, (width, grid) in JOBS.items():
+        found[name] = jobs = _jobs(name, width, grid, compute, say)
+        inline, one, two = jobs.values()
+        same = all(np.array_equal(job.kernel, inline.kernel) for job in (one, two))
         table.add(
             name,
-            f"{few.block_seconds:.2f}",
-            f"{jobs['inline', FEW_SHOT].block_seconds / few.block_seconds:.2f}",
-            f"{jobs[name, HALF].block_seconds:.2f}",
-            f"{square.block_seconds:.2f}",
-            f"{jobs['inline', SQUARE].block_seconds / square.block_seconds:.2f}",
-            f"{few.start_seconds:.1f}",
+            *(f"{job.block_seconds:.2f}" for job in (inline, one, two)),
+            f"{one.block_seconds / two.block_seconds:.2f}",
+            f"{two.start_seconds:.1f}",
             "yes" if same else "no",
         )
-    one, two = "Ray, 1 worker", "Ray, 2 workers"
-    for grid, what in ((FEW_SHOT, "32 train texts"), (SQUARE, "160 train texts")):
-        gain = jobs[one, grid].block_seconds / jobs[two, grid].block_seconds
-        table.note(f"Strong scaling, {what}: 2 workers are {gain:.2f} times as fast as 1.")
-    weak = jobs[one, HALF].block_seconds / jobs[two, FEW_SHOT].block_seconds
+    weak = found[HALVED]["1 worker"].block_seconds / found[WHOLE]["2 workers"].block_seconds
     table.note(f"Weak scaling, 10 blocks on 1 and 20 on 2 workers: {weak:.0%} efficient.")
     table.note("Start: the workers' processes and models, until the first block begins.")
     return table
+
+
+def _jobs(
+    name: str, width: int, grid: Grid, compute: dict[str, ComputeConfig], say: Say
+) -> dict[str, Job]:
+    """One job by executor."""
+    workload = roberta("", "", texts=grid.num_rows, width=width)
+    jobs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = _save(workload, Path(folder) / "model")
+        for executor, resources in compute.items():
+            say(f"{name}, {executor}")
+            store = Path(folder) / executor
+            jobs[executor] = _run(_spec(workload, model, grid, resources, store))
+    return jobs
 
 
 def _save(workload: Workload, folder: Path) -> ModelConfig:
