@@ -244,9 +244,12 @@ class _Pool(Generic[JobT, ResultT]):
             self.actors.append(_Actor(handle, handle.hello.remote()))
 
     def _feed(self) -> None:
-        """Give every ready actor its first job before any gets its second."""
+        """Give every actor its first job before any gets its second."""
+        starting = sum(not actor.ready for actor in self.actors)
         for depth in range(self.compute.in_flight):
             for actor in self.actors:
+                if depth and len(self.backlog) <= starting:
+                    return  # the rest is for those that still load the model
                 suspected = any(job.attempts > 1 for job in actor.jobs.values())
                 if not actor.ready or len(actor.jobs) != depth or suspected:
                     continue

@@ -99,6 +99,13 @@ def test_at_most_in_flight_jobs_wait_at_a_worker(
     assert max(depths) == ray_compute.in_flight
 
 
+def test_no_worker_gets_two_jobs_while_another_starts(
+    ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    outcomes = list(executor(ray_compute).run(Toy(str(tmp_path)).uneven, range(2)))
+    assert len({outcome.value() for outcome in outcomes}) == 2
+
+
 def test_a_result_that_cannot_travel_fails_its_job_alone(ray_compute: ComputeConfig) -> None:
     outcomes = {o.job: o for o in executor(ray_compute).run(Toy().unpicklable, range(5))}
     with pytest.raises(RunError, match="cannot pickle"):

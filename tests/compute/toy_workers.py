@@ -89,6 +89,17 @@ class Toy:
 
         return work
 
+    def uneven(self) -> Callable[[int], int]:
+        """The first worker starts at once, the others later; a job says who did it."""
+        if not self.mark("first"):
+            time.sleep(2.0)
+
+        def work(job: int) -> int:
+            time.sleep(4.0)
+            return os.getpid()
+
+        return work
+
     def endless(self) -> Callable[[int], int]:
         def work(job: int) -> int:
             self.mark("running")
