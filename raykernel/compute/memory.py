@@ -158,7 +158,7 @@ def chunk_sizes(
 
     def sized(batch: int, rows: int, cols: int, resident: int, stream: bool, packed: bool) -> Sizes:
         joining = footprint.largest * max(rows if rows > batch else 0, cols if cols > batch else 0)
-        step = footprint.stream.step if stream and footprint.stream else footprint.forward
+        step = _step_bytes(footprint, stream)
         waiting = _waiting_bytes(footprint, rows, cols, resident, stream, packed)
         work = int(HEAP_SLACK * (waiting + batch * step + joining))
         start = footprint.audit + 2 * footprint.forward
@@ -204,8 +204,7 @@ def _waiting_bytes(
     footprint: Footprint, rows: int, cols: int, resident: int, stream: bool, packed: bool
 ) -> int:
     """What columns and rows take."""
-    whole, streamed = footprint.factors, footprint.stream
-    alive = streamed.kept + streamed.factors if stream and streamed else whole
+    whole, alive = footprint.factors, _alive_bytes(footprint, stream)
     if not packed or footprint.packed is None:
         columns = resident * cols * whole if resident else cols * alive
         return columns + rows * alive
@@ -242,9 +241,7 @@ def sketch_sizes(
     limit, fixed = int(compute.memory_gb * GIB), _fixed_bytes(footprint, compute)
 
     def sized(batch: int, chunk: int, stream: bool, resident: int = 0) -> Sizes:
-        streamed = footprint.stream
-        alive = streamed.kept + streamed.factors if stream and streamed else footprint.factors
-        step = streamed.step if stream and streamed else footprint.forward
+        alive, step = _alive_bytes(footprint, stream), _step_bytes(footprint, stream)
         resident = max(resident, 2 * -(-block_size // chunk))
         of_chunk = alive + footprint.largest + footprint.making
         work = resident * chunk * footprint.sketch + chunk * of_chunk + batch * step
@@ -275,6 +272,17 @@ def sketch_sizes(
     more = range(best.resident, max(best.resident, every) + 1)
     kept = [sized(best.batch, best.rows, best.stream, count) for count in more]
     return max((s for s in kept if s.peak_bytes <= limit), key=lambda s: s.resident)
+
+
+def _alive_bytes(footprint: Footprint, stream: bool) -> int:
+    """What is in memory of an example at work."""
+    streamed = footprint.stream
+    return streamed.kept + streamed.factors if stream and streamed else footprint.factors
+
+
+def _step_bytes(footprint: Footprint, stream: bool) -> int:
+    """What a pass takes per example."""
+    return footprint.stream.step if stream and footprint.stream else footprint.forward
 
 
 def _fixed_bytes(footprint: Footprint, compute: ComputeConfig) -> int:

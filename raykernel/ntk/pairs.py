@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of
 
-CPU_TILE_BYTES = 1 << 22
+_CPU_TILE_BYTES = 1 << 22
 """Tiles small enough to be read back from cache."""
 
 _CPU_TILE_ROWS, _CPU_LARGEST_TILE = 32, 1 << 24
@@ -85,7 +85,8 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
     size = min(size, max(longer, 1))
     # One buffer for all tiles: fresh memory costs a page fault for every 4 KiB, which takes longer
     # than the product that fills it.
-    buffers = [left.gradients.new_empty(rows * size * width, dtype=dtype) for rows in shape]
+    sides = shape[:1] if left is right else shape
+    buffers = [left.gradients.new_empty(rows * size * width, dtype=dtype) for rows in sides]
     total = left.gradients.new_zeros(shape, dtype=dtype)
     for start in range(0, longer, size):
         tile = slice(start, start + size)
@@ -106,7 +107,7 @@ def _tiling(
     row_bytes = dtype.itemsize * max(shape[0] if left is right else sum(shape), 1) * width
     tile_bytes = max_bytes
     if not left.gradients.is_cuda:
-        wanted = max(CPU_TILE_BYTES, min(_CPU_TILE_ROWS * row_bytes, _CPU_LARGEST_TILE))
+        wanted = max(_CPU_TILE_BYTES, min(_CPU_TILE_ROWS * row_bytes, _CPU_LARGEST_TILE))
         tile_bytes = min(max_bytes, wanted)
     return shape, dtype, max(1, tile_bytes // row_bytes)
 
@@ -179,16 +180,19 @@ def add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
     if num_rows * rows.numel() < _SMALL:
         total.addmm_(rows, rows.mT)
         return
-    size = max(_STRIP_ROWS, min(-(-num_rows // 4), _WIDE_STRIP_ROWS))
+    size = _strip_rows(num_rows)
     for start in range(0, num_rows, size):
         total[start : start + size, start:].addmm_(rows[start : start + size], rows[start:].mT)
 
 
 def upper_share(num_rows: int) -> float:
     """Share of a square product's operations that `add_upper` takes."""
-    size = max(_STRIP_ROWS, min(-(-num_rows // 4), _WIDE_STRIP_ROWS))
-    strips = max(num_rows / size, 1.0)
+    strips = max(num_rows / _strip_rows(num_rows), 1.0)
     return (strips + 1) / (2 * strips)
+
+
+def _strip_rows(num_rows: int) -> int:
+    return max(_STRIP_ROWS, min(-(-num_rows // 4), _WIDE_STRIP_ROWS))
 
 
 def mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
