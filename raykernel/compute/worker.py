@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -86,6 +87,8 @@ class Receipt:
     halved: int
     """Times that memory ran out and the worker's chunks were halved, so far."""
 
+
+_Indices = TypeVar("_Indices", range, list[int])
 
 Side = Capture | SignedCapture
 """Rows or columns of a product."""
@@ -283,10 +286,12 @@ class Worker:
             to = slice(cols.start - cell.cols.start, cols.stop - cell.cols.start)
             for rows in split(cell.rows, self._sizes.rows):
                 at = slice(rows.start - cell.rows.start, rows.stop - cell.rows.start)
+                of_rows, of_cols = self._places(rows), self._places(cols)
                 for left, right in self._sides(rows, cols):
-                    logits[at] = left.logits.double().cpu().numpy()
+                    logits[at] = left.logits[of_rows].double().cpu().numpy()
                     for kind, group, block in self._contract(left, right):
-                        values[kind][group][at, :, to] = block
+                        ordered = block.index_select(0, of_rows).index_select(2, of_cols)
+                        values[kind][group][at, :, to] = ordered.cpu().numpy()
                     del left, right  # else they would live on while the next ones are captured
         return values, logits
 
@@ -298,7 +303,7 @@ class Worker:
             kept_rows = self._column(rows, keep=self._sizes.sketched or self._keeps_all)
             yield from zip(kept_rows, self._column(cols), strict=True)
 
-    def _contract(self, left: Side, right: Side) -> Iterator[tuple[str, str, np.ndarray]]:
+    def _contract(self, left: Side, right: Side) -> Iterator[tuple[str, str, torch.Tensor]]:
         kernel = self._spec.kernel
         self._predicted += contract.predicted_seconds(
             left, right, kinds=kernel.stored_kinds, rates=self._rates
@@ -313,7 +318,7 @@ class Worker:
         )
         for kind, blocks in found.items():
             for group, block in blocks.items():
-                yield kind.value, group, block.cpu().numpy()
+                yield kind.value, group, block
 
     def _column(self, examples: range, *, keep: bool = True) -> Iterable[Side]:
         """Segments of a chunk; kept for the next cells if wanted and memory allows."""
@@ -355,7 +360,7 @@ class Worker:
         """Factors of a chunk: one transformer block's at a time, or all at once."""
         num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
         self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
-        batches = [self._batch(b) for b in split(examples, self._sizes.batch)]
+        batches = [self._batch(b) for b in split(self._by_length(examples), self._sizes.batch)]
         if self._sizes.stream:
             found = zip(*(self._streamer.stream(batch) for batch in batches), strict=True)
         else:
@@ -363,6 +368,16 @@ class Worker:
         for pieces in found:
             memory.trim_heap()
             yield Capture.concatenate(pieces, after_group=memory.trim_heap)
+
+    def _by_length(self, examples: range) -> list[int]:
+        """A chunk as it is captured: the longest first, so that little of a pass is padding."""
+        ids = self._spec.encoded.input_ids
+        return sorted(examples, key=lambda index: -len(ids[index]))
+
+    def _places(self, examples: range) -> torch.Tensor:
+        """Where each example of a chunk stands in its capture."""
+        order = torch.tensor(self._by_length(examples), device=self._spec.compute.device)
+        return order.argsort()
 
     def _batch(self, examples: Sequence[int]) -> dict[str, torch.Tensor]:
         return collate(self._spec.encoded, examples, self._spec.compute.device)
@@ -531,10 +546,10 @@ def load(spec: WorkerSpec, head: Head | None) -> Problem:
     return problem
 
 
-def split(examples: range, size: int) -> Iterator[range]:
+def split(examples: _Indices, size: int) -> Iterator[_Indices]:
     """Consecutive pieces, the last of which may be smaller."""
-    for start in range(examples.start, examples.stop, size):
-        yield range(start, min(start + size, examples.stop))
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
 
 
 def can_read(read: Callable[[], object]) -> bool:

@@ -63,8 +63,8 @@ def method(
     num_cols: int,
     *,
     c: int,
-    t: int,
-    u: int,
+    t: float,
+    u: float,
     d_in: int,
     d_out: int,
     rates: Rates,
@@ -76,8 +76,8 @@ def method(
         num_rows: n.
         num_cols: m.
         c: outputs.
-        t: tokens of a row example.
-        u: tokens of a column example.
+        t: tokens of a row example, on average.
+        u: tokens of a column example, on average.
         d_in: inputs of the layer.
         d_out: outputs of the layer.
         rates: of the device.
@@ -93,7 +93,7 @@ def method(
     )
     direct = flops, 2 * 4.0 * (n if symmetric else n + m) * c * p
     pairs = 1.0 * n * t * m * u / (2 if symmetric else 1)
-    factored = 2 * pairs * (d_in + c * c * (d_out + 1)), 3 * 4 * pairs * c * c
+    factored = 2 * pairs * (d_in + c * c * d_out), 2 * 4 * pairs * c * c
     ways = [
         Method(name, *cost, rates.seconds(*cost))
         for name, cost in (("direct", direct), ("factored", factored))
@@ -131,11 +131,15 @@ def method_of(
     if not isinstance(part, Product):
         flops = 2.0 * len(kinds) * num_rows * num_cols * c * c * part.gradients.shape[2]
         return Method("rows", flops, 0.0, rates.seconds(flops, 0.0))
-    t, d_out = part.gradients.shape[2:]
-    sizes = {"c": c, "t": t, "u": t, "d_in": part.inputs.shape[2], "d_out": d_out}
+    t, d_in, d_out = (
+        part.num_tokens / len(part.inputs),
+        part.inputs.shape[2],
+        part.gradients.shape[3],
+    )
     if not any(kind.has_signs for kind in kinds):
-        return method(num_rows, num_cols, **sizes, rates=rates, symmetric=symmetric)
-    p = sizes["d_in"] * d_out
+        sizes = {"c": c, "d_in": d_in, "d_out": d_out}
+        return method(num_rows, num_cols, t=t, u=t, **sizes, rates=rates, symmetric=symmetric)
+    p = d_in * d_out
     if packed:
         return _of_packed(p, num_rows, num_cols, c=c, rates=rates, symmetric=symmetric)
     formed = num_rows if symmetric else num_rows + num_cols
@@ -360,11 +364,10 @@ def _uses(
 def _contract(left: Part, right: Part, limits: _Limits) -> Float[Tensor, "nc mc"]:
     max_bytes = limits.max_bytes
     if isinstance(left, Product) and isinstance(right, Product) and _same_matrix(left, right):
-        n, c, t, d_out = left.gradients.shape
-        m, _, u, _ = right.gradients.shape
-        d_in, symmetric = left.inputs.shape[-1], left is right
-        sizes = {"c": c, "t": t, "u": u, "d_in": d_in, "d_out": d_out}
-        way = method(n, m, **sizes, rates=limits.rates, symmetric=symmetric)
+        (n, c, _, d_out), m = left.gradients.shape, len(right.gradients)
+        sizes = {"c": c, "d_in": left.inputs.shape[2], "d_out": d_out}
+        t, u, symmetric = left.num_tokens / n, right.num_tokens / m, left is right
+        way = method(n, m, t=t, u=u, **sizes, rates=limits.rates, symmetric=symmetric)
         contract = factored if way.name == "factored" else formed
         return contract(left, right, max_bytes=max_bytes)
     # On a GPU the sums by token would be atomic, in any order.

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 RowBlock = Float[Tensor, "n c s w"]
 
 _DROP_SHARE = 0.8
 """Share of tokens that may be left for it to pay to copy those that carry a gradient."""
+
+_RAGGED_SHARE = 0.95
+"""Share of tokens that may be left for it to pay to know how many each example has."""
 
 _COLUMN_SEARCH = 1024
 """Output features from which it pays to look for those that no readout uses (an LM head's)."""
@@ -35,6 +39,19 @@ class Product:
     """Ascending rows of W that the outputs are; None: all. Never with `transposed`."""
     transposed: bool
     """W is stored (i, o), as in GPT-2, not (o, i)."""
+    counts: tuple[int, ...] | None = None
+    """Tokens of every example that come first and may carry a gradient; None: all do."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every example that may carry a gradient."""
+        n, t = self.inputs.shape[:2]
+        return (t,) * n if self.counts is None else self.counts
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples that may carry a gradient."""
+        return sum(self.lengths)
 
     @property
     def num_rows(self) -> int:
@@ -133,6 +150,8 @@ class Rows:
 
 
 Part = Product | Lookup | Rows
+
+_Tokens = TypeVar("_Tokens", Product, Lookup)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -239,7 +258,12 @@ def _rows_within(part: Part, rows: Int[Tensor, " s"] | slice) -> RowBlock:
 def examples(part: Part, index: slice) -> Part:
     """The part of a contiguous range of its examples."""
     if isinstance(part, Product):
-        return replace(part, inputs=part.inputs[index], gradients=part.gradients[index])
+        return replace(
+            part,
+            inputs=part.inputs[index],
+            gradients=part.gradients[index],
+            counts=None if part.counts is None else part.counts[index],
+        )
     if isinstance(part, Lookup):
         return replace(part, ids=part.ids[index], gradients=part.gradients[index])
     return replace(
@@ -253,7 +277,8 @@ def compress(part: Part) -> tuple[Part, bool]:
     """The same part without tokens that carry no gradient, and whether it is finite.
 
     Padding carries none, and in the last block of a prompt model only the readout's token does.
-    Tokens are dropped per example: the result has as many as the example with most needs.
+    Tokens are dropped per example: the result has as many as the example with most needs, those
+    that carry a gradient first.
 
     Args:
         part: of any kind.
@@ -267,18 +292,36 @@ def compress(part: Part) -> tuple[Part, bool]:
         return part, True
     by_token = _by_token(part).flatten(2)
     peak = torch.maximum(by_token.amax(2), -by_token.amin(2))
-    num_alive = int((peak != 0).sum(1).max())
     finite = bool(peak.isfinite().all())
-    t = peak.shape[1]
-    if num_alive <= _DROP_SHARE * t:
-        order = (peak == 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(num_alive, 1)]
-        part = _take_tokens(part, order)
+    part = _drop_tokens(part, peak != 0)
     if isinstance(part, Product):
         part = _drop_columns(part)
     return part, finite
 
 
-def _take_tokens(part: Product | Lookup, order: Int[Tensor, "n t"]) -> Product | Lookup:
+def _drop_tokens(part: Product | Lookup, alive: Bool[Tensor, "n t"]) -> Product | Lookup:
+    n, t = alive.shape
+    counts = alive.sum(1)
+    most = max(int(counts.max()), 1)
+    if not isinstance(part, Product):
+        return (
+            _take_tokens(part, _alive_first(alive)[:, :most]) if most <= _DROP_SHARE * t else part
+        )
+    lengths: list[int] = counts.tolist()
+    known = tuple(lengths) if sum(lengths) <= _RAGGED_SHARE * n * t else None
+    if most > _DROP_SHARE * t:
+        places = torch.arange(t, device=alive.device)
+        if known is None or bool((alive == (places < counts.unsqueeze(1))).all()):
+            return replace(part, counts=known)
+    return replace(_take_tokens(part, _alive_first(alive)[:, :most]), counts=known)
+
+
+def _alive_first(alive: Bool[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+    """Tokens in order, those that carry a gradient first."""
+    return alive.logical_not().byte().argsort(dim=1, stable=True)
+
+
+def _take_tokens(part: _Tokens, order: Int[Tensor, "n t"]) -> _Tokens:
     n, c, t, _ = part.gradients.shape
     # Whole rows by one flat index; take_along_dim would index every element, which took a quarter
     # of a capture at t = 128.
@@ -383,7 +426,7 @@ def _zeros(part: Part, n: int) -> Part:
     if isinstance(part, Lookup):
         return replace(part, ids=part.ids.new_zeros((n, 0)), gradients=gradients)
     inputs = part.inputs.new_zeros((n, 0, part.inputs.shape[2]))
-    return replace(part, inputs=inputs, gradients=gradients)
+    return replace(part, inputs=inputs, gradients=gradients, counts=None)
 
 
 def _cat_examples(parts: Sequence[Part]) -> Part:
@@ -415,7 +458,10 @@ def _cat_products(parts: Sequence[Product], *, along_tokens: bool) -> Product:
         t = max(p.inputs.shape[1] for p in parts)
         inputs = torch.cat([_pad(p.inputs, t, dim=1) for p in parts])
         gradients = torch.cat([_pad(_by_token(p), t, dim=1) for p in parts])
-    return replace(parts[0], inputs=inputs, gradients=gradients.transpose(1, 2))
+    # Calls are joined before tokens are dropped: no more is known of their tokens together.
+    ragged = not along_tokens and any(p.counts is not None for p in parts)
+    counts = tuple(length for p in parts for length in p.lengths) if ragged else None
+    return replace(parts[0], inputs=inputs, gradients=gradients.transpose(1, 2), counts=counts)
 
 
 def _by_token(part: Product | Lookup) -> Float[Tensor, "n t c w"]:

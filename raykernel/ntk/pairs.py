@@ -10,13 +10,16 @@ a tile. A block of a part with itself is symmetric; only its upper triangle is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of
+from raykernel.ntk.ragged import ByLength, Run, by_length, in_order
 
 _CPU_TILE_BYTES = 1 << 22
 """Tiles small enough to be read back from cache."""
@@ -25,7 +28,10 @@ _CPU_TILE_ROWS, _CPU_LARGEST_TILE = 32, 1 << 24
 """Rows from which the products of a tile are not thin, and how much larger it may become for it."""
 
 _CPU_TABLE_BYTES = 1 << 19
-"""The same for the factored way, which passes over its table three times."""
+"""The same for the factored way, which passes over its table twice."""
+
+_TABLE_ROWS = 128
+"""Rows of a table from which its products are not thin."""
 
 _STRIP_ROWS = 16
 """Rows below which a matrix product is too thin to be fast."""
@@ -83,19 +89,25 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
     longer, width = max(num_inputs, num_outputs), min(num_inputs, num_outputs)
     shape, dtype, size = _tiling(left, right, max(width, 1), max_bytes)
     size = min(size, max(longer, 1))
+    parts = (left,) if left is right else (left, right)
+    orders = [by_length(part) for part in parts]
+    sides = [_in_runs(part, order, dtype) for part, order in zip(parts, orders, strict=True)]
     # One buffer for all tiles: fresh memory costs a page fault for every 4 KiB, which takes longer
     # than the product that fills it.
-    sides = shape[:1] if left is right else shape
-    buffers = [left.gradients.new_empty(rows * size * width, dtype=dtype) for rows in sides]
+    buffers = [
+        left.gradients.new_empty(part.gradients.shape[:2].numel() * size * width, dtype=dtype)
+        for part in parts
+    ]
     total = left.gradients.new_zeros(shape, dtype=dtype)
     for start in range(0, longer, size):
         tile = slice(start, start + size)
-        own = _form(left, tile, of_inputs, buffers[0])
+        own, *other = map(partial(_form, tile, of_inputs), sides, buffers)
         if left is right:
             add_upper(total, own)
         else:
-            total.addmm_(own, _form(right, tile, of_inputs, buffers[1]).mT)
-    return mirrored(total) if left is right else total
+            total.addmm_(own, other[0].mT)
+    block = mirrored(total) if left is right else total
+    return in_order(block, orders[0], orders[-1], num_outputs=left.gradients.shape[1])
 
 
 def _tiling(
@@ -112,20 +124,43 @@ def _tiling(
     return shape, dtype, max(1, tile_bytes // row_bytes)
 
 
+def _in_runs(
+    part: Product, order: ByLength, dtype: torch.dtype
+) -> list[tuple[Float[Tensor, "n t i"], Float[Tensor, "n t c o"]]]:
+    """Factors of every run's examples."""
+    by_token = part.gradients.transpose(1, 2)
+    return [
+        (
+            order.take(part.inputs, run, 0)[:, : run.num_tokens].to(dtype),
+            order.take(by_token, run, 0)[:, : run.num_tokens].to(dtype),
+        )
+        for run in order.runs
+    ]
+
+
 def _form(
-    part: Product, tile: slice, of_inputs: bool, buffer: Float[Tensor, " q"]
+    tile: slice,
+    of_inputs: bool,
+    runs: Sequence[tuple[Tensor, Tensor]],
+    buffer: Float[Tensor, " q"],
 ) -> Float[Tensor, "nc p"]:
     """Gradient of a tile: per example one product for all outputs."""
-    a, b = part.inputs.to(buffer.dtype), part.gradients.to(buffer.dtype).transpose(1, 2)
-    a, b = (a[..., tile], b) if of_inputs else (a, b[..., tile])
-    n, t, c, o = b.shape
-    out = buffer[: n * c * o * a.shape[-1]].view(n, c * o, a.shape[-1])
-    torch.bmm(b.reshape(n, t, c * o).mT, a, out=out)
-    return out.view(n * c, o * a.shape[-1])
+    start, size = 0, 0
+    for inputs, gradients in runs:
+        a, b = (inputs[..., tile], gradients) if of_inputs else (inputs, gradients[..., tile])
+        n, t, c, o = b.shape
+        size = o * a.shape[2]
+        out = buffer[start : start + n * c * size].view(n, c * o, a.shape[2])
+        torch.bmm(b.reshape(n, t, c * o).mT, a, out=out)
+        start += out.numel()
+    return buffer[:start].view(-1, size)
 
 
 def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
     """Block of two products of one matrix, from token-by-token inner products.
+
+    Tables are laid out (c, t, n, c, u, m): what is summed is followed by many examples, so that
+    multiplying and summing run along memory.
 
     Args:
         left: rows of the block.
@@ -135,35 +170,62 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     Returns:
         The block, examples and outputs flattened.
     """
-    n, c, t, _ = left.gradients.shape
-    m, _, u, _ = right.gradients.shape
-    dtype = accumulator(left.gradients.dtype)
-    if not t * u:  # a layer that ran on no token, such as an expert that none chose
-        return left.gradients.new_zeros((n * c, m * c), dtype=dtype)
-    symmetric = left is right
-    sides = [
-        (part.inputs.to(dtype), part.gradients.to(dtype).contiguous())
-        for part in ((left,) if symmetric else (left, right))
-    ]
-    (a, b), (a2, b2) = sides[0], sides[-1]
-    tile_bytes = max_bytes if left.gradients.is_cuda else min(max_bytes, _CPU_TABLE_BYTES)
-    pairs = max(1, tile_bytes // (4 * c * c * t * u))
-    # A square table: a flat one would be a thin product, and read the other side once per row. A
-    # symmetric block leaves out what lies below its diagonal tiles, so that they should be small.
-    num_left = max(1, min(round(pairs**0.5), -(-n // 8) if symmetric else n))
-    num_right = min(m, max(1, pairs // num_left))
+    (n, c), m, dtype = (
+        left.gradients.shape[:2],
+        len(right.gradients),
+        accumulator(left.inputs.dtype),
+    )
     total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
-    for i in range(0, n, num_left):
-        rows = slice(i, i + num_left)
-        for j in range(i if symmetric else 0, m, num_right):
-            cols = slice(j, j + num_right)
-            inputs = a[rows].flatten(0, 1) @ a2[cols].flatten(0, 1).mT
-            table = b[rows].flatten(0, 2) @ b2[cols].flatten(0, 2).mT
-            table = table.view(-1, c, t, len(a2[cols]), c, u)
-            table.mul_(inputs.view(-1, 1, t, len(a2[cols]), 1, u))
-            total[rows, :, cols] = table.sum((2, 5))
+    if not left.num_tokens * right.num_tokens:
+        return total.view(n * c, m * c)  # ran on no token, such as an expert that none chose
+    symmetric = left is right
+    num_left, num_right = _table_sides(left, right, max_bytes)
+    rows = by_length(left, size=num_left)
+    cols = rows if symmetric else by_length(right, size=num_right)
+    of_cols = [_tokens_first(right, cols, run, dtype) for run in cols.runs]
+    for i, run in enumerate(rows.runs):
+        a, b = of_cols[i] if symmetric else _tokens_first(left, rows, run, dtype)
+        sizes, at = (run.num_tokens, run.stop - run.start), slice(run.start, run.stop)
+        for j in range(i if symmetric else 0, len(of_cols)):
+            (a2, b2), other = of_cols[j], cols.runs[j]
+            sizes2, to = (
+                (other.num_tokens, other.stop - other.start),
+                slice(other.start, other.stop),
+            )
+            table = (b @ b2.mT).view(c, *sizes, c, *sizes2)
+            table.mul_((a @ a2.mT).view(*sizes, 1, *sizes2))
+            total[at, :, to] = table.sum(1).sum(3).permute(1, 0, 3, 2)
     block = total.view(n * c, m * c)
-    return mirrored(block) if symmetric else block
+    return in_order(mirrored(block) if symmetric else block, rows, cols, num_outputs=c)
+
+
+def _tokens_first(
+    part: Product, order: ByLength, run: Run, dtype: torch.dtype
+) -> tuple[Float[Tensor, "tn i"], Float[Tensor, "ctn o"]]:
+    """Inputs and gradients of a run's examples, by (output and) token first."""
+    t = run.num_tokens
+    a = order.take(part.inputs.transpose(0, 1)[:t], run, 1)
+    b = order.take(part.gradients.permute(1, 2, 0, 3)[:, :t], run, 2)
+    return a.flatten(0, 1).to(dtype), b.flatten(0, 2).to(dtype)
+
+
+def _table_sides(left: Product, right: Product, max_bytes: int) -> tuple[int, int]:
+    """Row and column examples of a table."""
+    # A square: a flat table would be a thin product, and read the other side once per row. A
+    # symmetric block leaves out what lies below its diagonal tables, so that they should be small,
+    # but not so small that their products are thin.
+    n, c = left.gradients.shape[:2]
+    m = len(right.gradients)
+    pairs = max_bytes // (4 * c * c * max(left.lengths) * max(right.lengths))
+    tokens = left.num_tokens / n
+    if not left.gradients.is_cuda:
+        typical = tokens * right.num_tokens / m
+        pairs = min(pairs, round(_CPU_TABLE_BYTES / (4 * c * c * typical)))
+    most = n
+    if left is right:
+        most = min(n, max(math.ceil(n / 8), math.ceil(_TABLE_ROWS / (c * tokens))))
+    num_left = max(1, min(round(pairs**0.5), most))
+    return num_left, num_left if left is right else max(1, min(m, pairs // num_left))
 
 
 def add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:

@@ -182,8 +182,8 @@ def test_lookups_are_multiplied_token_by_token(n, m, t, vocabulary, seed):
 
 def test_method_follows_the_predicted_time():
     device = Rates(flops=1e11, bandwidth=2e10)
-    short = method(32, 32, c=2, t=1, u=1, d_in=768, d_out=768, rates=device)
-    long = method(32, 32, c=2, t=512, u=512, d_in=64, d_out=64, rates=device)
+    short = method(32, 32, c=2, t=1.0, u=1.0, d_in=768, d_out=768, rates=device)
+    long = method(32, 32, c=2, t=512.0, u=512.0, d_in=64, d_out=64, rates=device)
     assert (short.name, long.name) == ("factored", "direct")
     assert short.flops > 0
     assert long.num_bytes > 0
@@ -192,7 +192,7 @@ def test_method_follows_the_predicted_time():
 
 
 def test_slow_memory_favours_the_way_with_less_traffic():
-    sizes = {"c": 2, "t": 24, "u": 24, "d_in": 256, "d_out": 256}
+    sizes = {"c": 2, "t": 24.0, "u": 24.0, "d_in": 256, "d_out": 256}
     fast, slow = (
         method(32, 32, **sizes, rates=Rates(flops=1e11, bandwidth=bandwidth))
         for bandwidth in (1e15, 1e6)
@@ -203,7 +203,7 @@ def test_slow_memory_favours_the_way_with_less_traffic():
 
 
 def test_the_symmetric_block_costs_less():
-    sizes = {"c": 2, "t": 8, "u": 8, "d_in": 64, "d_out": 64}
+    sizes = {"c": 2, "t": 8.0, "u": 8.0, "d_in": 64, "d_out": 64}
     device = Rates(flops=1e11, bandwidth=2e10)
     both = method(32, 32, **sizes, rates=device, symmetric=True)
     one = method(32, 32, **sizes, rates=device)
