@@ -47,20 +47,36 @@ def _has_shapes(thing: Any) -> bool:
 class _Decorate(ast.NodeTransformer):
     """Decorates classes first of all, functions last of all, and nothing inside functions."""
 
+    def __init__(self) -> None:
+        self._unknown: set[str] = set()
+        """Names that are imported for a type checker only."""
+
+    def visit_If(self, node: ast.If) -> ast.If:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            imports = [n for n in node.body if isinstance(n, ast.Import | ast.ImportFrom)]
+            self._unknown |= {alias.asname or alias.name for n in imports for alias in n.names}
+        return node
+
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         self.generic_visit(node)
-        node.decorator_list.insert(0, _name(node))
+        node.decorator_list.insert(0, _name(_DECORATOR, node))
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        node.decorator_list.append(_name(node))
+        node.decorator_list.append(_name(_DECORATOR, node))
+        for argument in (*node.args.args, *node.args.kwonlyargs):
+            argument.annotation = self._known(argument.annotation)
+        node.returns = self._known(node.returns)
         return node
 
+    def _known(self, annotation: ast.expr | None) -> ast.expr | None:
+        names = {n.id for n in ast.walk(annotation or ast.Pass()) if isinstance(n, ast.Name)}
+        is_known = annotation is None or names.isdisjoint(self._unknown)
+        return annotation if is_known else _name("object", annotation)
 
-def _name(node: ast.AST) -> ast.Name:
-    name = ast.copy_location(ast.Name(_DECORATOR, ast.Load()), node)
-    assert isinstance(name, ast.Name)
-    return name
+
+def _name(text: str, where: ast.AST) -> ast.Name:
+    return ast.copy_location(ast.Name(text, ast.Load()), where)
 
 
 class _Loader(SourceFileLoader):

@@ -93,9 +93,9 @@ def test_at_most_in_flight_jobs_wait_at_a_worker(
 
     make = ray_executor.ray.put(toy.start)
     backlog = ray_executor.Backlog(range(12))
-    pool = Watched(ray_compute, print, make, backlog, local=True)
+    pool = Watched(ray_compute, print, make, backlog, [], local=True)
     assert len(list(pool.outcomes())) == 12
-    pool.kill()
+    pool.dismiss()
     assert max(depths) == ray_compute.in_flight
 
 

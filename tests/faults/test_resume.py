@@ -58,7 +58,7 @@ def kill_tree(driver: psutil.Process) -> None:
 def kill_workers(driver: psutil.Process) -> None:
     """SIGKILL to the processes that compute."""
     for process in driver.children(recursive=True):
-        if "".join(process.cmdline()[:1]).startswith("ray::_Shell"):
+        if "".join(process.cmdline()[:1]).startswith("ray::Shell"):
             process.send_signal(signal.SIGKILL)
 
 
