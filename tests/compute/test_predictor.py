@@ -237,13 +237,6 @@ def test_a_predicting_worker_stays_inside_its_memory(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ on Ray
 
 
-@pytest.fixture
-def ray_run(ray_instance: None, ray_compute: ComputeConfig) -> Callable[..., Iterator[object]]:
-    from raykernel.compute.ray_executor import RayExecutor
-
-    return RayExecutor(ray_compute).run
-
-
 @pytest.mark.ray
 def test_killed_and_resumed_gives_the_same_bits(
     tmp_path: Path, model: ModelConfig, ray_run: Callable[..., Iterator[object]]
