@@ -211,7 +211,7 @@ class _Pool(Generic[JobT, ResultT]):
                 yield from self._settle(by_reference[reference], reference)
 
     def dismiss(self) -> None:
-        """End the actors that still work; the others wait for the next run, the ready ones on top."""
+        """End the actors that still work; the others wait for the next run, ready ones on top."""
         for actor in sorted(self.actors, key=lambda actor: actor.ready):
             if actor.jobs:
                 _kill(actor)
