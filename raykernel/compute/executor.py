@@ -1,7 +1,7 @@
 """Where jobs run: the protocol, and the executor that is a for-loop.
 
 A job is plain data (a cell of the kernel, a range of examples). `make` is a picklable callable
-that turns a fresh process into the function which does jobs; it is called once per process,
+that turns a process into the function which does jobs; it is called once per process and run,
 because loading a model takes longer than most jobs. The driver asks for outcomes and gets them
 as they finish; kernels never pass through it.
 """
@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from raykernel import errors
+from raykernel.compute import kept
 from raykernel.errors import RaykernelError, RunError
 
 JobT = TypeVar("JobT")
@@ -60,7 +61,8 @@ class Executor(Protocol):
         """Run every job once, yielding outcomes as they finish, in any order.
 
         Closing the iterator early stops the workers; so does an interrupt. A failing `make` ends
-        the iteration, since no job can be done.
+        the iteration, since no job can be done. Processes may live on until `close`, for the
+        workers of the next run.
         """
         ...
 
@@ -101,7 +103,8 @@ class InlineExecutor:
                 yield Outcome(job, 1, result=done.value)
 
     def close(self) -> None:
-        """Nothing outlives `run`."""
+        """Let go of the model that the last worker has left."""
+        kept.forget()
 
 
 # ------------------------------------------------------------------ errors as plain data

@@ -22,7 +22,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raykernel.compute import memory
-from raykernel.compute.worker import WorkerSpec, can_read, load, settle_torch, split, tensor_bytes
+from raykernel.compute.worker import (
+    WorkerSpec,
+    can_read,
+    settle_torch,
+    split,
+    take_problem,
+    tensor_bytes,
+)
 from raykernel.config import Json
 from raykernel.errors import RunError
 from raykernel.ntk.groups import find_groups
@@ -78,7 +85,7 @@ class Predictor:
         self._spec = spec
         self._handle = Store(spec.worker.store_path).open(spec.worker.fingerprint)
         head = None if spec.worker.encoded.label_ids else self._handle.read_head()
-        self._problem = load(spec.worker, None if head is None else Head(*head))
+        self._problem = take_problem(self, spec.worker, None if head is None else Head(*head))
         choose(self._problem.module, spec.solution.groups)
         self._halved = 0
 

@@ -10,6 +10,9 @@ and not reported, is simply done again.
 An actor does its jobs in the order of submission. So of the jobs lost with it, the first is
 charged with an attempt; the others were only waiting. (It may have been done, with its answer lost
 on the way; therefore a charged job is tried again alone, where the blame is certain.)
+
+Between two runs of an executor its actors stay, idle: a process that has imported PyTorch and
+loaded the model starts on other jobs at once.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import contextlib
 import logging
 import math
 import os
-import platform
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +38,8 @@ from ray import exceptions as ray_errors
 from raykernel.compute import trouble
 from raykernel.compute.address import TOKEN_HINT, check_address
 from raykernel.compute.backlog import Backlog, Task
-from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, attempt, versions
+from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, versions
+from raykernel.compute.shell import Shell
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError, RunError, WorkerLostError
 
@@ -73,6 +76,7 @@ class RayExecutor:
         self._say = say
         self._ours = not ray.is_initialized()
         self._local = self._ours and compute.address is None
+        self._idle: list[_Actor[Any]] = []
         if self._local:
             _start_cluster(compute)
         elif self._ours:
@@ -84,7 +88,8 @@ class RayExecutor:
         """See `Executor.run`.
 
         Args:
-            make: makes the worker's function; sent once, through the object store.
+            make: makes the worker's function; sent once, through the object store. Actors of the
+                run before drop their old worker for it.
             jobs: the jobs.
 
         Yields:
@@ -98,15 +103,18 @@ class RayExecutor:
         if not backlog:
             return
         pool: _Pool[JobT, ResultT] = _Pool(
-            self._compute, self._say, ray.put(make), backlog, local=self._local
+            self._compute, self._say, ray.put(make), backlog, self._idle, local=self._local
         )
         try:
             yield from pool.outcomes()
         finally:
-            pool.kill()
+            pool.dismiss()
 
     def close(self) -> None:
-        """Leave the cluster; one that we started ends with its processes."""
+        """End the actors and leave the cluster; one that we started ends with its processes."""
+        for actor in self._idle:
+            _kill(actor)
+        self._idle.clear()
         if self._ours and ray.is_initialized():
             ray.shutdown()
         self._ours = False
@@ -149,30 +157,6 @@ def _join_cluster(address: str) -> None:
 # ------------------------------------------------------------------ one run
 
 
-class _Shell:
-    """The actor. Exceptions become data here, so that Ray's errors mean lost processes only."""
-
-    def __init__(self) -> None:
-        self._work: Callable[[Any], Any] | None = None
-
-    def hello(self) -> dict[str, str]:
-        """Answer that the process is placed and running."""
-        return versions() | {"node": platform.node()}
-
-    def load(self, make: Callable[[], Callable[[Any], Any]]) -> Success[None] | Failure:
-        """Make the worker: load the model."""
-        made = attempt(make)
-        if isinstance(made, Failure):
-            return made
-        self._work = made.value
-        return Success(None)
-
-    def do(self, job: Any) -> Success[Any] | Failure:
-        """Do one job."""
-        assert self._work is not None
-        return attempt(self._work, job)
-
-
 @dataclass(slots=True, eq=False)
 class _Actor(Generic[JobT]):
     """An actor as the driver sees it."""
@@ -181,6 +165,8 @@ class _Actor(Generic[JobT]):
     greeting: Any
     """Reference of `hello`, then of `load`; None once the worker is ready."""
     placed: bool = False
+    kept: bool = False
+    """Whether it comes from a run before; then its death may be as old."""
     jobs: dict[Any, Task[JobT]] = field(default_factory=dict)
     """Reference → job, in the order of submission."""
     last: int | None = None
@@ -199,6 +185,8 @@ class _Pool(Generic[JobT, ResultT]):
     say: Callable[[str], None]
     make: Any
     backlog: Backlog[JobT]
+    idle: list[_Actor[Any]]
+    """Actors of the runs before; those of this run join them."""
     local: bool
     actors: list[_Actor[JobT]] = field(default_factory=list)
     lost_starts: int = 0
@@ -222,26 +210,39 @@ class _Pool(Generic[JobT, ResultT]):
                 self.heard = self.said = time.monotonic()
                 yield from self._settle(by_reference[reference], reference)
 
-    def kill(self) -> None:
-        """End all actors, whatever they are doing."""
-        for actor in self.actors:
-            _kill(actor)
+    def dismiss(self) -> None:
+        """End the actors that still work; the others wait for the next run, ready ones on top."""
+        for actor in sorted(self.actors, key=lambda actor: actor.ready):
+            if actor.jobs:
+                _kill(actor)
+            else:
+                self.idle.append(actor)
         self.actors.clear()
 
     # -------------------------------------------------------- giving
 
     def _hire(self) -> None:
-        """Start actors up to `compute.workers`, but none that would have nothing to do."""
+        """Have up to `compute.workers` actors, but none that would have nothing to do."""
         open_jobs = len(self.backlog) + sum(len(actor.jobs) for actor in self.actors)
         while len(self.actors) < min(self.compute.workers, open_jobs):
-            actor: Any = ray.remote(_Shell)
-            handle = actor.options(
-                num_cpus=self.compute.num_cpus,
-                num_gpus=self.compute.num_gpus,
-                max_restarts=0,
-                max_task_retries=0,
-            ).remote()
-            self.actors.append(_Actor(handle, handle.hello.remote()))
+            self.actors.append(self._recalled() if self.idle else self._started())
+
+    def _started(self) -> _Actor[JobT]:
+        """A new actor."""
+        actor: Any = ray.remote(Shell)
+        handle = actor.options(
+            num_cpus=self.compute.num_cpus,
+            num_gpus=self.compute.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+        ).remote()
+        return _Actor(handle, handle.hello.remote())
+
+    def _recalled(self) -> _Actor[JobT]:
+        """An actor of a run before, wherever that left it: placed, loading, or ready."""
+        handle, placed = (actor := self.idle.pop()).handle, actor.placed
+        greeting = handle.load.remote(self.make) if placed else actor.greeting
+        return _Actor(handle, greeting, placed=placed, kept=placed)
 
     def _feed(self) -> None:
         """Give every actor its first job before any gets its second."""
@@ -305,7 +306,7 @@ class _Pool(Generic[JobT, ResultT]):
         self.actors.remove(actor)
         _kill(actor)
         cause = trouble.cause_of(error)
-        if not actor.ready:
+        if not actor.ready and not actor.kept:
             self.lost_starts += 1
             if unpacked := trouble.missing_module(error):
                 raise unpacked from error

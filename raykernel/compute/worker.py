@@ -23,11 +23,19 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from raykernel.compute import memory, sketches
+from raykernel.compute import kept, memory, sketches
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.compute.sketches import Work
-from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, ParametersConfig
+from raykernel.config import (
+    ComputeConfig,
+    Json,
+    KernelConfig,
+    ModelConfig,
+    ParametersConfig,
+    canonical_json,
+    plain,
+)
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
@@ -107,7 +115,7 @@ class Worker:
         self._spec = spec
         self._handle = Store(spec.store_path).open(spec.fingerprint)
         stored = None if spec.encoded.label_ids else self._handle.read_head()
-        self._problem = load(spec, None if stored is None else Head(*stored))
+        self._problem = take_problem(self, spec, None if stored is None else Head(*stored))
         self._may_compute = bool(spec.encoded.label_ids) or stored is not None
         self._columns: OrderedDict[range, list[Side]] = OrderedDict()
         self._turn = 0
@@ -525,6 +533,52 @@ def settle_torch(compute: ComputeConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Loaded:
+    """A problem, and which parameters varied when it was loaded."""
+
+    problem: Problem
+    varying: dict[nn.Parameter, bool]
+
+
+def take_problem(worker: object, spec: WorkerSpec, head: Head | None) -> Problem:
+    """The problem of a worker: that of the worker before in this process, if it is the same.
+
+    Args:
+        worker: whose it is while it lives.
+        spec: what to compute.
+        head: linear head, if there is one.
+
+    Returns:
+        The problem as it was loaded.
+    """
+
+    def make() -> _Loaded:
+        problem = load(spec, head)
+        return _Loaded(problem, {p: p.requires_grad for p in problem.module.parameters()})
+
+    loaded = kept.take_over(worker, _problem_key(spec, head), make)
+    for parameter, varies in loaded.varying.items():
+        parameter.requires_grad_(varies)
+    memory.trim_heap()  # of what the worker before had in memory beside it
+    return loaded.problem
+
+
+def _problem_key(spec: WorkerSpec, head: Head | None) -> str:
+    """All that decides a module; the kernel's fingerprint knows what the model's files hold."""
+    facts = [
+        spec.fingerprint,
+        plain(spec.model),
+        plain(spec.parameters),
+        spec.kernel.precision.value,
+        spec.encoded.label_ids,
+        spec.num_labels,
+        spec.compute.device,
+        None if head is None else [head.weight.tolist(), head.bias.tolist()],
+    ]
+    return canonical_json(facts)
 
 
 def load(spec: WorkerSpec, head: Head | None) -> Problem:

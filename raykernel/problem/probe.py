@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Integer
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-from sklearn.model_selection import StratifiedKFold
 
 from raykernel.errors import InputError
 
@@ -69,8 +67,12 @@ def fit_head(
     return Head(weight.astype(np.float32), bias.astype(np.float32))
 
 
-def _classifier(folds: int) -> LogisticRegression | LogisticRegressionCV:
+def _classifier(folds: int) -> Any:
     """scikit-learn's model with the reference's settings."""
+    # It takes a second to import, and no worker needs it.
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+    from sklearn.model_selection import StratifiedKFold
+
     if folds < 2:
         return LogisticRegression(C=1.0, max_iter=_MAX_ITER, random_state=0)
     options: dict[str, Any] = {"scoring": "accuracy", "max_iter": _MAX_ITER, "random_state": 0}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +17,14 @@ from raykernel.terms import ExecutorName
 
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
-    """Ray with two CPUs, on this machine."""
+    """Ray on this machine, with room for the actors of `ray_run` and of another executor."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: no token in $HOME
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -33,12 +35,21 @@ def ray_instance() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ray_compute() -> ComputeConfig:
     return ComputeConfig(executor=ExecutorName.ray, workers=2, max_attempts=3)
 
 
-@pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(scope="session")
+def ray_run(ray_instance: None, ray_compute: ComputeConfig) -> Iterator[Callable[..., Any]]:
+    """`run` of one executor for all tests that load models: its actors import PyTorch once."""
+    from raykernel.compute.ray_executor import RayExecutor
+
+    with contextlib.closing(RayExecutor(ray_compute)) as made:
+        yield made.run
+
+
+@pytest.fixture(scope="module", params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
 def executor(request: pytest.FixtureRequest, ray_compute: ComputeConfig) -> Iterator[Executor]:
     """Every executor in turn."""
     if request.param == "inline":

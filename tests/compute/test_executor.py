@@ -80,6 +80,17 @@ def test_an_executor_runs_again(executor: Executor) -> None:
         assert {outcome.value() for outcome in executor.run(Toy().start, range(3))} == {0, 1, 4}
 
 
+def test_another_run_has_the_processes_of_the_last_but_not_its_workers(
+    executor: Executor, tmp_path: Path
+) -> None:
+    """A worker and all that it holds is gone before the next one is made."""
+    toy = Toy(str(tmp_path))
+    first = {outcome.value() for outcome in executor.run(toy.hold, range(8))}
+    again = {outcome.value() for outcome in executor.run(toy.hold, range(8))}
+    assert {held for _, held in first | again} == {1}
+    assert {pid for pid, _ in first} >= {pid for pid, _ in again}
+
+
 def test_an_interrupt_of_the_caller_passes_through(executor: Executor) -> None:
     def interrupted() -> None:
         for _ in executor.run(Toy().start, range(20)):

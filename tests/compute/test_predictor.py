@@ -173,38 +173,41 @@ from raykernel.config import ModelConfig
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
 from raykernel.terms import Architecture
 from tests.compute.tiny_problem import handle_of, make_spec, texts
-limit, length, memory_gb = int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
-if limit:  # it counts addresses, which a heap keeps although it gives back their memory
+limits, length, memory_gb = json.loads(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+if any(limits):  # they count addresses, which a heap keeps although it gives back their memory
     memory.keep_heap_ready = lambda: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
-spec = make_spec(Path(sys.argv[1]), model, num_train=8, num_rows=16, block_size=8, batch_size=8,
-                 encoded=texts(16, shortest=length - 9, longest=length), memory_gb=memory_gb)
 alpha = np.random.default_rng(0).standard_normal((8, 2))
 solution = Solution("sgd", tuple(json.loads(sys.argv[6])), 0.1, math.inf)
-predictor = PredictionSpec(spec, solution, alpha)
-work = predictor.row_blocks()
-batch = work.__self__._batch
-memory.release("cpu")
-if limit:
+results = []
+for limit in limits:
+    folder = Path(sys.argv[1], str(limit))
+    spec = make_spec(folder, model, num_train=8, num_rows=16, block_size=8, batch_size=8,
+                     encoded=texts(16, shortest=length - 9, longest=length), memory_gb=memory_gb)
+    work = None
+    work = PredictionSpec(spec, solution, alpha).row_blocks()
+    batch = work.__self__._batch
+    memory.release("cpu")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + limit
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-handle = handle_of(spec)
-for i in missing_predictions(handle, solution, handle.grid.test):
-    receipt = work(i)
-found = read_predictions(handle, solution, handle.grid.test)
-json.dump({"halved": receipt.halved, "batch": batch, "peak": receipt.peak_memory_bytes,
-           "fitted": found.tolist()}, sys.stdout)
+    size = pages * resource.getpagesize() + limit if limit else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    handle = handle_of(spec)
+    for i in missing_predictions(handle, solution, handle.grid.test):
+        receipt = work(i)
+    found = read_predictions(handle, solution, handle.grid.test)
+    results.append({"halved": receipt.halved, "batch": batch, "peak": receipt.peak_memory_bytes,
+                    "fitted": found.tolist()})
+json.dump(results, sys.stdout)
 """
 
 
 def measured(
-    folder: Path, *, limit: int = 0, length: int, memory_gb: float = 4.0
-) -> dict[str, object]:
-    """Predictions of eight examples in a process with `limit` bytes to spare, or with any."""
+    folder: Path, *limits: int, length: int, memory_gb: float = 4.0
+) -> list[dict[str, object]]:
+    """Predictions of eight examples in a process, with `limit` bytes to spare (0: any number)."""
     model = save_model(folder / "model", num_attention_heads=8)
     groups = ["roberta.encoder.layer.0.output.dense", "roberta.encoder.layer.1.output.dense"]
-    options = [str(limit), str(length), str(memory_gb), json.dumps(groups)]
+    options = [json.dumps(limits), str(length), str(memory_gb), json.dumps(groups)]
     done = subprocess.run(
         [sys.executable, "-c", PREDICT, str(folder / "store"), model.name, *options],
         capture_output=True,
@@ -212,14 +215,14 @@ def measured(
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, object] = json.loads(done.stdout)
+    found: list[dict[str, object]] = json.loads(done.stdout)
     return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size from /proc")
 def test_when_memory_runs_out_batches_are_halved(tmp_path: Path) -> None:
-    plenty = measured(tmp_path / "a", length=300)
-    little = measured(tmp_path / "b", length=300, limit=36 * MIB)
+    # First with little memory: what was free before would lie inside the limit.
+    little, plenty = measured(tmp_path, 36 * MIB, 0, length=300)
     assert (plenty["halved"], plenty["batch"]) == (0, 8)
     assert little["halved"]
     expected, found = np.array(plenty["fitted"]), np.array(little["fitted"])
@@ -228,20 +231,13 @@ def test_when_memory_runs_out_batches_are_halved(tmp_path: Path) -> None:
 
 def test_a_predicting_worker_stays_inside_its_memory(tmp_path: Path) -> None:
     """Eight examples at once would take 865 MiB."""
-    found = measured(tmp_path, length=510, memory_gb=0.8)
+    (found,) = measured(tmp_path, 0, length=510, memory_gb=0.8)
     assert found["halved"] == 0
     assert 1 <= found["batch"] < 8  # type: ignore[operator]
     assert found["peak"] < 0.8 * GIB  # type: ignore[operator]
 
 
 # ------------------------------------------------------------------ on Ray
-
-
-@pytest.fixture
-def ray_run(ray_instance: None, ray_compute: ComputeConfig) -> Callable[..., Iterator[object]]:
-    from raykernel.compute.ray_executor import RayExecutor
-
-    return RayExecutor(ray_compute).run
 
 
 @pytest.mark.ray

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,14 +26,24 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_instance")]
 ROOT = Path(__file__).parents[2]
 
 
-def executor(compute: ComputeConfig, say: Callable[[str], None] = print):
+Executors = Callable[..., Any]
+
+
+@pytest.fixture
+def executor() -> Iterator[Executors]:
+    """Makes executors on the one Ray instance, whose actors end with the test."""
     from raykernel.compute.ray_executor import RayExecutor
 
-    return RayExecutor(compute, say=say)
+    with contextlib.ExitStack() as stack:
+
+        def make(compute: ComputeConfig, say: Callable[[str], None] = print) -> RayExecutor:
+            return stack.enter_context(contextlib.closing(RayExecutor(compute, say=say)))
+
+        yield make
 
 
 def test_a_job_whose_worker_exits_is_done_by_another(
-    ray_compute: ComputeConfig, tmp_path: Path
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
 ) -> None:
     toy, said = Toy(str(tmp_path)), []
     outcomes = {o.job: o for o in executor(ray_compute, said.append).run(toy.die_once, range(12))}
@@ -47,7 +59,7 @@ def test_a_job_whose_worker_exits_is_done_by_another(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_job_that_kills_every_worker_is_given_up(
-    ray_compute: ComputeConfig, tmp_path: Path, workers: int
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path, workers: int
 ) -> None:
     toy = Toy(str(tmp_path))
     compute = dataclasses.replace(ray_compute, workers=workers)
@@ -63,7 +75,7 @@ def test_a_job_that_kills_every_worker_is_given_up(
 
 
 def test_a_worker_killed_from_outside_is_replaced(
-    ray_compute: ComputeConfig, tmp_path: Path
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
 ) -> None:
     toy = Toy(str(tmp_path))
     outcomes = executor(ray_compute).run(toy.slow, range(8))
@@ -74,7 +86,9 @@ def test_a_worker_killed_from_outside_is_replaced(
     assert sorted(values) == [job**2 for job in range(8)]
 
 
-def test_workers_that_die_while_they_start_end_the_run(ray_compute: ComputeConfig) -> None:
+def test_workers_that_die_while_they_start_end_the_run(
+    executor: Executors, ray_compute: ComputeConfig
+) -> None:
     with pytest.raises(WorkerLostError, match="3 workers in a row died before they had loaded"):
         list(executor(ray_compute).run(Toy().die_at_start, range(4)))
 
@@ -93,27 +107,60 @@ def test_at_most_in_flight_jobs_wait_at_a_worker(
 
     make = ray_executor.ray.put(toy.start)
     backlog = ray_executor.Backlog(range(12))
-    pool = Watched(ray_compute, print, make, backlog, local=True)
+    pool = Watched(ray_compute, print, make, backlog, [], local=True)
     assert len(list(pool.outcomes())) == 12
-    pool.kill()
+    pool.dismiss()
     assert max(depths) == ray_compute.in_flight
 
 
 def test_no_worker_gets_two_jobs_while_another_starts(
-    ray_compute: ComputeConfig, tmp_path: Path
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
 ) -> None:
     outcomes = list(executor(ray_compute).run(Toy(str(tmp_path)).uneven, range(2)))
     assert len({outcome.value() for outcome in outcomes}) == 2
 
 
-def test_a_result_that_cannot_travel_fails_its_job_alone(ray_compute: ComputeConfig) -> None:
+def test_a_result_that_cannot_travel_fails_its_job_alone(
+    executor: Executors, ray_compute: ComputeConfig
+) -> None:
     outcomes = {o.job: o for o in executor(ray_compute).run(Toy().unpicklable, range(5))}
     with pytest.raises(RunError, match="cannot pickle"):
         outcomes.pop(3).value()
     assert outcomes[4].value() == 16
 
 
-def test_resources_that_no_node_has_are_refused(ray_compute: ComputeConfig) -> None:
+def test_actors_that_die_between_two_runs_are_replaced(
+    executor: Executors, ray_compute: ComputeConfig
+) -> None:
+    """They count as no failed start, which `max_attempts=1` would not forgive."""
+    made = executor(dataclasses.replace(ray_compute, max_attempts=1))
+    first = {outcome.value()[0] for outcome in made.run(Toy().hold, range(8))}
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    again = {outcome.value()[0] for outcome in made.run(Toy().hold, range(8))}
+    assert again.isdisjoint(first)
+
+
+def test_actors_that_still_work_end_with_their_run_and_idle_ones_with_the_executor(
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    made, toy = executor(ray_compute), Toy(str(tmp_path))
+    idle = {outcome.value()[0] for outcome in made.run(toy.hold, range(8))}
+    outcomes = made.run(toy.slow, range(50))
+    next(outcomes)
+    outcomes.close()
+    working = {int(pid) for path in tmp_path.glob("ran-*") for pid in path.read_text().split()}
+    assert working <= idle
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in working), seconds=20)
+    last = {outcome.value()[0] for outcome in made.run(toy.hold, range(8))}
+    assert last.isdisjoint(working)
+    made.close()
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in last), seconds=20)
+
+
+def test_resources_that_no_node_has_are_refused(
+    executor: Executors, ray_compute: ComputeConfig
+) -> None:
     compute = dataclasses.replace(ray_compute, num_gpus=1.0)
     made = executor(compute)
     made._local = True
@@ -123,14 +170,16 @@ def test_resources_that_no_node_has_are_refused(ray_compute: ComputeConfig) -> N
 
 @pytest.mark.parametrize(("device", "num_gpus"), [("cuda:1", 1.0), ("cuda", 0.0)])
 def test_devices_that_ray_hides_are_refused(
-    ray_compute: ComputeConfig, device: str, num_gpus: float
+    executor: Executors, ray_compute: ComputeConfig, device: str, num_gpus: float
 ) -> None:
     compute = dataclasses.replace(ray_compute, device=device, num_gpus=num_gpus)
     with pytest.raises(InputError, match=r"compute.device.*Set compute\."):
         executor(compute)
 
 
-def test_the_callers_instance_is_left_running(ray_compute: ComputeConfig) -> None:
+def test_the_callers_instance_is_left_running(
+    executor: Executors, ray_compute: ComputeConfig
+) -> None:
     import ray
 
     executor(ray_compute).close()

@@ -12,7 +12,7 @@ import pytest
 
 from raykernel.compute.executor import InlineExecutor
 from raykernel.compute.worker import Worker, WorkerSpec
-from raykernel.config import ComputeConfig, ModelConfig
+from raykernel.config import ModelConfig
 from raykernel.errors import InputError, RunError
 from raykernel.ntk.capture import Capture
 from raykernel.ntk.empirical import empirical_kernel
@@ -276,13 +276,6 @@ def test_a_linear_head_is_read_from_the_store(tmp_path: Path, model: ModelConfig
 
 
 # ------------------------------------------------------------------ on Ray
-
-
-@pytest.fixture
-def ray_run(ray_instance: None, ray_compute: ComputeConfig) -> Callable[..., Iterator[object]]:
-    from raykernel.compute.ray_executor import RayExecutor
-
-    return RayExecutor(ray_compute).run
 
 
 @pytest.mark.ray

@@ -9,9 +9,11 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from raykernel.errors import InputError, NonFiniteError, StorageFullError
 
@@ -46,6 +48,10 @@ class Toy:
     def count(self, name: str) -> int:
         path = Path(self.folder, name)
         return len(path.read_text().split()) if path.exists() else 0
+
+    def hold(self) -> Callable[[int], tuple[int, int]]:
+        """A job says its process, and how many workers that process holds."""
+        return Holder().work
 
     # ---------------------------------------------------- failing in the code
 
@@ -113,6 +119,20 @@ class Toy:
             return threading.Lock() if job == 3 else job * job
 
         return work
+
+
+class Holder:
+    """A worker in a ring of references, as large objects often are."""
+
+    alive: ClassVar[weakref.WeakSet[Holder]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+    def work(self, job: int) -> tuple[int, int]:
+        del job
+        time.sleep(0.1)
+        return os.getpid(), len(self.alive)
 
 
 def _refuse_odd(job: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -12,82 +14,132 @@ import numpy as np
 import psutil
 import pytest
 
+from raykernel.cli import main
 from raykernel.store.blocks import open_store
 from raykernel.store.query import query
 from tests import tiny
 
 pytestmark = pytest.mark.ray
 
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    tiny.save_masked_lm(folder / "tiny", hidden_size=64, num_hidden_layers=4)
-    tiny.write_reviews(folder / "reviews.tsv", num=200)
-    return folder
+NUM_BLOCKS, NUM_PREDICTIONS = 26, 15
 
 
-def command(store: str) -> list[str]:
+def arguments(store: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "raykernel", "kernel", "task=file", "task.train=reviews.tsv"),
+        *("kernel", "task=file", "task.train=reviews.tsv"),
         *("task.text=[review]", "task.label=rating", "task.k=8", "task.test_limit=60"),
         *("model=hf", "model.name=tiny", 'prompt.template="{review} It was {label}."'),
         *("prompt.words={negative: terrible, positive: great}", "kernel.block_size=4"),
-        *("compute=ray", "compute.workers=2", f"store.path={store}"),
+        f"store.path={store}",
     ]
 
 
-def run(here: Path, store: str) -> str:
-    done = subprocess.run(command(store), cwd=here, capture_output=True, text=True, check=True)
-    return done.stderr
+class Run:
+    """The command on two Ray workers, in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        command = [sys.executable, "-m", "raykernel", *arguments("killed"), "compute=ray"]
+        self._driver = psutil.Popen(
+            [*command, "compute.workers=2"], cwd=folder, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for(self, num: int, kind: str) -> None:
+        """Go on until so many files of a kind are committed."""
+        deadline = time.monotonic() + 300
+        while len(files(self._folder, kind)) < num:
+            assert self._driver.poll() is None, self._driver.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def kill_workers(self) -> None:
+        """SIGKILL to the processes that compute."""
+        for process in self._driver.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "".join(process.cmdline()[:1]).startswith("ray::Shell"):
+                    process.send_signal(signal.SIGKILL)
+
+    def kill(self) -> str:
+        """SIGKILL to the driver and to every process that it started, Ray's included."""
+        family = [*self._driver.children(recursive=True), self._driver]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(family, timeout=30)
+        return str(self._driver.communicate()[1])
+
+    def finish(self) -> str:
+        """Wait for the end; what the screen showed."""
+        message = str(self._driver.communicate()[1])
+        assert self._driver.returncode == 0, message
+        return message
 
 
-def blocks(here: Path, store: str, kind: str = "block") -> dict[str, int]:
-    """Inode of every committed block: a block that is written again gets another one."""
-    return {path.name: path.stat().st_ino for path in here.glob(f"{store}/kernels/*/{kind}-*")}
+def files(folder: Path, kind: str) -> dict[str, int]:
+    """Inode of every committed file of a kind: one that is written again gets another one."""
+    return {path.name: path.stat().st_ino for path in folder.glob(f"killed/kernels/*/{kind}-*")}
 
 
-def kill_tree(driver: psutil.Process) -> None:
-    """SIGKILL to the driver and to every process that it started, Ray's included."""
-    family = [*driver.children(recursive=True), driver]
-    for process in family:
-        process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=30)
+@dataclasses.dataclass
+class Story:
+    """What became of one kernel in three runs, and what their screens showed."""
+
+    folder: Path
+    first_blocks: dict[str, int]
+    blocks: dict[str, int]
+    predictions: dict[str, int]
+    screens: list[str]
 
 
-def kill_workers(driver: psutil.Process) -> None:
-    """SIGKILL to the processes that compute."""
-    for process in driver.children(recursive=True):
-        if "".join(process.cmdline()[:1]).startswith("ray::_Shell"):
-            process.send_signal(signal.SIGKILL)
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Killed in its blocks; without workers for a moment, then killed in its predictions; done."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.save_masked_lm(folder / "tiny", hidden_size=64, num_hidden_layers=4)
+    tiny.write_reviews(folder / "reviews.tsv", num=200)
+    first = Run(folder)
+    first.wait_for(3, "block")
+    screens = [first.kill()]
+    first_blocks = files(folder, "block")
+    second = Run(folder)
+    second.wait_for(len(first_blocks) + 2, "block")
+    second.kill_workers()
+    second.wait_for(1, "prediction")
+    screens.append(second.kill())
+    blocks, predictions = (files(folder, kind) for kind in ("block", "prediction"))
+    screens.append(Run(folder).finish())
+    return Story(folder, first_blocks, blocks, predictions, screens)
 
 
-def start_and_wait(
-    here: Path, store: str, num_blocks: int, kind: str = "block"
-) -> subprocess.Popen[str]:
-    """A run that has committed some of its blocks."""
-    process = subprocess.Popen(command(store), cwd=here, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(blocks(here, store, kind)) < num_blocks:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
+def test_what_was_stored_is_not_computed_again(story: Story) -> None:
+    assert 3 <= len(story.first_blocks) < NUM_BLOCKS
+    assert f"{len(story.first_blocks)} of {NUM_BLOCKS} blocks are stored" in story.screens[1]
+    assert story.first_blocks.items() <= story.blocks.items()
+    assert len(story.blocks) == NUM_BLOCKS
+    assert f"All {NUM_BLOCKS} blocks are stored" in story.screens[2]
+    assert files(story.folder, "block") == story.blocks
 
 
-def test_killed_and_resumed_equals_uninterrupted(here):
-    run(here, "whole")
-    process = start_and_wait(here, "killed", 3)
-    kill_tree(psutil.Process(process.pid))
-    process.communicate()
-    before = blocks(here, "killed")
-    total = len(blocks(here, "whole"))
-    assert 3 <= len(before) < total
-    message = run(here, "killed")
-    assert f"{len(before)} of {total} blocks are stored" in message
-    after = blocks(here, "killed")
-    assert {name: after[name] for name in before} == before
-    whole, killed = (open_store(here / name).open() for name in ("whole", "killed"))
+def test_killed_workers_are_replaced_within_the_run(story: Story) -> None:
+    """It went on to the predictions, which come after the last block."""
+    assert "A worker died" in story.screens[1]
+    assert story.predictions
+
+
+def test_killed_while_predicting_loses_only_what_was_not_written(story: Story) -> None:
+    """A prediction is written before the next one begins."""
+    after = files(story.folder, "prediction")
+    assert 1 <= len(story.predictions) < NUM_PREDICTIONS == len(after)
+    assert story.predictions.items() <= after.items()
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    story: Story, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The uninterrupted one is computed in this process, without Ray."""
+    monkeypatch.chdir(story.folder)
+    assert main(arguments("whole")) == 0
+    whole, killed = (open_store(name).open() for name in ("whole", "killed"))
     assert whole.fingerprint == killed.fingerprint
     known = whole.grid.train_and_dev
     np.testing.assert_array_equal(whole.kernel(rows=known), killed.kernel(rows=known))
@@ -95,30 +147,10 @@ def test_killed_and_resumed_equals_uninterrupted(here):
     for table in ("predictions", "kernels"):
         columns = {"predictions": "example, fitted", "kernels": "kernel_regression, dev"}[table]
         sql = f"SELECT {columns} FROM {table} ORDER BY 1"
-        assert query(here / "whole", sql).equals(query(here / "killed", sql))
-    again = run(here, "killed")
+        assert query("whole", sql).equals(query("killed", sql))
+    capsys.readouterr()
+    assert main(arguments("killed")) == 0
+    again = capsys.readouterr().err
     assert "computing 0 blocks" in again
     assert "computing 0 predictions" in again
-    assert blocks(here, "killed") == after
-
-
-def test_killed_while_predicting_loses_only_what_was_not_written(here):
-    """The blocks are there; a prediction is written before the next one begins."""
-    process = start_and_wait(here, "predicting", 1, "prediction")
-    kill_tree(psutil.Process(process.pid))
-    process.communicate()
-    before = blocks(here, "predicting", "prediction")
-    run(here, "predicting")
-    after = blocks(here, "predicting", "prediction")
-    assert {name: after[name] for name in before} == before
-    assert len(after) == 15
-
-
-def test_killed_workers_are_replaced_within_the_run(here):
-    process = start_and_wait(here, "orphaned", 2)
-    kill_workers(psutil.Process(process.pid))
-    _, message = process.communicate(timeout=200)
-    assert process.returncode == 0, message
-    whole, orphaned = (open_store(here / name).open() for name in ("whole", "orphaned"))
-    known = whole.grid.train_and_dev
-    np.testing.assert_array_equal(whole.kernel(rows=known), orphaned.kernel(rows=known))
+    assert files(story.folder, "block") == story.blocks
