@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.analysis.ridge import solve_ridge
+from raykernel.analysis.targets import one_hot
 from raykernel.compose import compose_runs
 from raykernel.config import RunConfig
 from raykernel.console import Screen
@@ -71,7 +72,8 @@ def rows() -> list[dict[str, object]]:
 
 
 def stored_predictions(handle: KernelHandle) -> np.ndarray:
-    (solution,) = {solution_of(read_header(path)) for path in handle.path.glob(PREDICTION_GLOB)}
+    paths = handle.path.glob(PREDICTION_GLOB)
+    (solution,) = {solution_of(path, read_header(path)) for path in paths}
     return read_predictions(handle, solution, handle.grid.test)
 
 

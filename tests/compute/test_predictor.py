@@ -17,16 +17,17 @@ import pytest
 from raykernel.compute.executor import InlineExecutor
 from raykernel.compute.memory import GIB, PROCESS_BYTES, chunk_sizes, product_batch
 from raykernel.compute.predictor import PredictionReceipt, PredictionSpec
-from raykernel.config import ComputeConfig, ModelConfig
+from raykernel.config import ComputeConfig, GridPoint, ModelConfig
 from raykernel.errors import InputError, RunError
 from raykernel.ntk.product import ProductBytes
 from raykernel.store.groups import halved_ties, select_groups
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
-from raykernel.terms import Precision
+from raykernel.terms import Precision, Solver
 from tests.compute.test_memory import FOOTPRINT, MIB, ROOT
 from tests.compute.tiny_problem import handle_of, make_spec, save_model
 
 ALPHA = np.random.default_rng(0).standard_normal((6, 2))
+POINT = GridPoint(Solver.ridge, 0.1, math.inf)
 EMBEDDINGS = "roberta.embeddings.word_embeddings"
 
 
@@ -43,7 +44,7 @@ def spec_of(
     handle = handle_of(worker)
     list(InlineExecutor().run(worker.blocks, handle.missing()))
     chosen = tuple(select_groups(handle.groups(), groups=groups))
-    return PredictionSpec(worker, Solution("sgd", chosen, 0.1, math.inf), ALPHA)
+    return PredictionSpec(worker, Solution("sgd", chosen, POINT), ALPHA)
 
 
 def missing(spec: PredictionSpec) -> list[int]:
@@ -169,9 +170,9 @@ from pathlib import Path
 import numpy as np
 from raykernel.compute import memory
 from raykernel.compute.predictor import PredictionSpec
-from raykernel.config import ModelConfig
+from raykernel.config import GridPoint, ModelConfig
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
-from raykernel.terms import Architecture
+from raykernel.terms import Architecture, Solver
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 limit, length, memory_gb = int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 if limit:  # it counts addresses, which a heap keeps although it gives back their memory
@@ -180,7 +181,7 @@ model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 spec = make_spec(Path(sys.argv[1]), model, num_train=8, num_rows=16, block_size=8, batch_size=8,
                  encoded=texts(16, shortest=length - 9, longest=length), memory_gb=memory_gb)
 alpha = np.random.default_rng(0).standard_normal((8, 2))
-solution = Solution("sgd", tuple(json.loads(sys.argv[6])), 0.1, math.inf)
+solution = Solution("sgd", tuple(json.loads(sys.argv[6])), GridPoint(Solver.ridge, 0.1, math.inf))
 predictor = PredictionSpec(spec, solution, alpha)
 work = predictor.row_blocks()
 batch = work.__self__._batch
