@@ -320,7 +320,7 @@ class SolverConfig:
     """
 
     method: Solver = Solver.ridge
-    """Of symmetric kinds: ridge or logistic. asymmetric is for asymmetric kinds alone."""
+    """Of symmetric kinds; of these asymmetric is another ridge regression, of ridge 1/γ."""
     ridge: list[float] = field(default_factory=lambda: [0.0, 1e-3, 1e-2, 1e-1, 1.0])
     """Ridges, relative to the operator norm of K(train, train)."""
     f0_scaling: list[float] = field(default_factory=lambda: [10.0, 100.0, 1e3, 1e4, math.inf])
@@ -358,6 +358,10 @@ class SolverConfig:
     def solver_of(self, kind: Kind) -> Solver:
         """The solver of a kind of kernel."""
         return self.method if kind.is_symmetric else Solver.asymmetric
+
+    def is_asymmetric(self, kind: Kind) -> bool:
+        """Whether a kind's solver has γ and c."""
+        return self.solver_of(kind) is Solver.asymmetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,20 +446,12 @@ class RunConfig:
             "none with kernel.projection.method=intrinsic_dimension, which projects all layers "
             "together. Drop solver.groups, or project by layer (rademacher)",
         )
-        symmetric = [kind.value for kind in self.kernel.kinds if kind.is_symmetric]
-        require(
-            self.solver.method is not Solver.asymmetric or not symmetric,
-            "solver.method",
-            self.solver.method.value,
-            f"ridge or logistic for kernel.kinds={symmetric}, which are symmetric; asigngd always "
-            "has the asymmetric solver",
-        )
 
     @property
     def needs_both_sides(self) -> bool:
         """Whether K(train, x) enters predictions beside K(x, train)."""
-        asymmetric = not all(kind.is_symmetric for kind in self.kernel.kinds)
-        return asymmetric and any(c != 1 for c in self.solver.c)
+        asymmetric = map(self.solver.is_asymmetric, self.kernel.kinds)
+        return any(asymmetric) and any(c != 1 for c in self.solver.c)
 
 
 def label_text(value: object) -> str:

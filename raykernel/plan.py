@@ -92,7 +92,9 @@ class Plan:
         if not self.num_predicted:
             return 0.0
         train = self._num_predicting * self.prepared.grid.num_cols
-        return (train + self.num_predicted) * self._mean_length
+        # A direction for every kind; that of signs takes up to twice the passes over train.
+        num_kinds = len(self.prepared.config.kernel.kinds)
+        return num_kinds * (train + self.num_predicted) * self._mean_length
 
     @property
     def _num_predicting(self) -> int:

@@ -173,7 +173,7 @@ def _read(prepared: Prepared, handle: KernelHandle, kind: Kind, rows: range) -> 
     """What kernel regression needs of whole row blocks, through their kernel with train."""
     config = prepared.config
     groups = config.solver.groups or None
-    flipped = config.needs_both_sides and not kind.is_symmetric
+    flipped = config.needs_both_sides and config.solver.is_asymmetric(kind)
     return SplitData(
         handle.kernel(groups, kind=kind.value, rows=rows),
         handle.logits(rows),

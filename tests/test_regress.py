@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raykernel.analysis.asymmetric import solve_asymmetric
 from raykernel.analysis.ridge import solve_ridge
-from raykernel.analysis.targets import one_hot
+from raykernel.analysis.targets import one_hot, plus_minus
 from raykernel.compose import compose_runs
 from raykernel.config import RunConfig
 from raykernel.console import Screen
@@ -22,7 +23,7 @@ from raykernel.store.arrowfile import read_header
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.predictions import PREDICTION_GLOB, read_predictions, solution_of
-from raykernel.terms import PredictedBy
+from raykernel.terms import Kind, PredictedBy, Solver
 from tests import tiny
 
 
@@ -170,10 +171,86 @@ def test_signs_on_both_sides_need_the_kernel_of_test(model: Path, here: Path) ->
     assert not list(here.glob("store/kernels/*/prediction-*"))
 
 
-def test_a_kind_that_is_not_solved_needs_no_test(model: Path, here: Path) -> None:
-    outcome = run(model, **{"kernel.kinds": "[asigngd]"})
-    assert (outcome.regression.by, outcome.completion.blocks_total) == (None, 7)
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
+def test_asigngd_is_predicted_without_the_kernel_of_test_and_as_through_it(
+    model: Path, here: Path, precision: str, tolerance: float
+) -> None:
+    """J w with w = Σ_j α_j sign(gradient of j), against K(test, train) α of the stored block."""
+    changes = {
+        "kernel.kinds": "[asigngd]",
+        "kernel.precision": precision,
+        "solver.ridge": "[0.1]",
+        "solver.gamma": "[0.01,1.0]",
+        "solver.f0_scaling": "[0.2]",
+    }
+    short = run(model, **changes)
+    assert (short.regression.by, short.completion.blocks_total) == (PredictedBy.tangent, 7)
+    handle = open_store("store").open()
+    found = stored_predictions(handle)
+    long = run(model, **changes, kernel__test_block="true")
+    assert long.regression.by is PredictedBy.block
+    results = [outcome.regression.results[Kind.asigngd] for outcome in (short, long)]
+    assert results[0] == results[1]
+    point = results[0].point
+    assert (point.solver, point.c) == (Solver.asymmetric, 1.0)
+    labels, train = labels_of(handle), range(handle.grid.num_cols)
+    assert point.gamma is not None
+    solution = solve_asymmetric(
+        handle.kernel(kind="asigngd", rows=train),
+        plus_minus(labels[: len(train)], 2),
+        gamma=[point.gamma],
+        ridge=[point.ridge],
+        f0=handle.logits(train),
+        f0_scaling=[point.f0_scaling],
+    )
+    k = handle.kernel(kind="asigngd", rows=handle.grid.test)
+    expected = np.einsum("iajb,jb->ia", k, solution.beta[0, 0, 0])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    (row,) = rows()
+    assert row["solved_by"] == "asymmetric"
+    assert (row["gamma"], row["c"], row["iterations"]) == (point.gamma, 1.0, 0)
+
+
+def test_both_discriminants_need_the_kernel_of_test(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """h(x) = c K(x, train) β + (1 - c) K(train, x)ᵀ α + f0(x)/s through stored blocks."""
+    changes = {"kernel.kinds": "[asigngd]", "solver.c": "[0.25]", "solver.ridge": "[0.1]"}
+    outcome = run(model, **changes, **{"solver.f0_scaling": "[0.2]", "solver.gamma": "[0.1]"})
+    assert "solver.c below 1 needs K(train, x)" in capsys.readouterr().err
+    assert (outcome.regression.by, outcome.completion.blocks_total) == (PredictedBy.block, 13)
+    handle = open_store("store").open()
+    grid, labels = handle.grid, labels_of(handle)
+    train = range(grid.num_cols)
+    solution = solve_asymmetric(
+        handle.kernel(kind="asigngd", rows=train),
+        plus_minus(labels[: len(train)], 2),
+        gamma=[0.1],
+        ridge=[0.1],
+        f0=handle.logits(train),
+        f0_scaling=[0.2],
+        c=[0.25],
+    )
+    sides = [handle.kernel(kind=k, rows=grid.test) for k in ("asigngd", "asigngd_flipped")]
+    h = solution.predict(sides[0], handle.logits(grid.test), sides[1])[0, 0, 0, 0]
+    accuracy = (h.argmax(1) == labels[grid.test.start :]).mean()
+    assert outcome.regression.results[Kind.asigngd].test_score == accuracy
+
+
+def test_three_kinds_are_three_rows(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"kernel.kinds": "[sgd,signgd,asigngd]", "solver": "logistic"}
+    outcome = run(model, **changes)
     show_outcome(outcome, Screen())
+    shown = capsys.readouterr().out
+    for row in ("(sgd, logistic)", "(signgd, logistic)", "(asigngd, asymmetric)", "gamma"):
+        assert row in shown
+    by_kind = {row["kind"]: row for row in rows()}
+    solvers = {kind: row["solved_by"] for kind, row in by_kind.items()}
+    assert solvers == {"sgd": "logistic", "signgd": "logistic", "asigngd": "asymmetric"}
+    assert by_kind["sgd"]["iterations"] > 0  # type: ignore[operator]
+    assert by_kind["sgd"]["gamma"] is None
 
 
 def test_some_uses_of_a_tied_parameter_need_the_kernel_of_test(
