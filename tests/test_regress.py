@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raykernel.analysis.asymmetric import solve_asymmetric
+from raykernel.analysis.asymmetric import AsymmetricSolution, solve_asymmetric
 from raykernel.analysis.ridge import solve_ridge
 from raykernel.analysis.targets import one_hot, plus_minus
 from raykernel.compose import compose_runs
-from raykernel.config import RunConfig
+from raykernel.config import GridPoint, RunConfig
 from raykernel.console import Screen
 from raykernel.errors import KernelIncompleteError
 from raykernel.pipeline import Outcome, kernel, show_outcome
@@ -23,7 +23,7 @@ from raykernel.store.arrowfile import read_header
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.predictions import PREDICTION_GLOB, read_predictions, solution_of
-from raykernel.terms import Kind, PredictedBy, Solver
+from raykernel.terms import Kind, PredictedBy
 from tests import tiny
 
 
@@ -72,9 +72,10 @@ def rows() -> list[dict[str, object]]:
     return found
 
 
-def stored_predictions(handle: KernelHandle) -> np.ndarray:
+def stored_predictions(handle: KernelHandle, kind: str = "sgd") -> np.ndarray:
     paths = handle.path.glob(PREDICTION_GLOB)
-    (solution,) = {solution_of(path, read_header(path)) for path in paths}
+    solutions = {solution_of(path, read_header(path)) for path in paths}
+    (solution,) = (found for found in solutions if found.kind == kind)
     return read_predictions(handle, solution, handle.grid.test)
 
 
@@ -164,84 +165,61 @@ def test_a_damaged_prediction_is_computed_again(model: Path, here: Path) -> None
     assert run(model).regression.num_computed == 3
 
 
-def test_signs_on_both_sides_need_the_kernel_of_test(model: Path, here: Path) -> None:
-    outcome = run(model, **{"kernel.kinds": "[sgd,signgd]"})
-    assert outcome.regression.by is PredictedBy.block
-    assert outcome.completion.blocks_total == outcome.prepared.grid.num_cells
-    assert not list(here.glob("store/kernels/*/prediction-*"))
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
-def test_asigngd_is_predicted_without_the_kernel_of_test_and_as_through_it(
-    model: Path, here: Path, precision: str, tolerance: float
-) -> None:
-    """J w with w = Σ_j α_j sign(gradient of j), against K(test, train) α of the stored block."""
-    changes = {
-        "kernel.kinds": "[asigngd]",
-        "kernel.precision": precision,
-        "solver.ridge": "[0.1]",
-        "solver.gamma": "[0.01,1.0]",
-        "solver.f0_scaling": "[0.2]",
-    }
-    short = run(model, **changes)
-    assert (short.regression.by, short.completion.blocks_total) == (PredictedBy.tangent, 7)
-    handle = open_store("store").open()
-    found = stored_predictions(handle)
-    long = run(model, **changes, kernel__test_block="true")
-    assert long.regression.by is PredictedBy.block
-    results = [outcome.regression.results[Kind.asigngd] for outcome in (short, long)]
-    assert results[0] == results[1]
-    point = results[0].point
-    assert (point.solver, point.c) == (Solver.asymmetric, 1.0)
-    labels, train = labels_of(handle), range(handle.grid.num_cols)
-    assert point.gamma is not None
-    solution = solve_asymmetric(
+def asymmetric(handle: KernelHandle, point: GridPoint) -> AsymmetricSolution:
+    """The solution of one grid point from the stored kernel of train."""
+    train = range(handle.grid.num_cols)
+    return solve_asymmetric(
         handle.kernel(kind="asigngd", rows=train),
-        plus_minus(labels[: len(train)], 2),
-        gamma=[point.gamma],
+        plus_minus(labels_of(handle)[: len(train)], 2),
+        gamma=[point.gamma],  # type: ignore[list-item]
         ridge=[point.ridge],
         f0=handle.logits(train),
         f0_scaling=[point.f0_scaling],
+        c=[point.c],  # type: ignore[list-item]
     )
-    k = handle.kernel(kind="asigngd", rows=handle.grid.test)
-    expected = np.einsum("iajb,jb->ia", k, solution.beta[0, 0, 0])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-    (row,) = rows()
-    assert row["solved_by"] == "asymmetric"
-    assert (row["gamma"], row["c"], row["iterations"]) == (point.gamma, 1.0, 0)
 
 
-def test_both_discriminants_need_the_kernel_of_test(
+def test_asigngd_is_predicted_without_the_kernel_of_test_and_as_through_it(
     model: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """h(x) = c K(x, train) β + (1 - c) K(train, x)ᵀ α + f0(x)/s through stored blocks."""
-    changes = {"kernel.kinds": "[asigngd]", "solver.c": "[0.25]", "solver.ridge": "[0.1]"}
-    outcome = run(model, **changes, **{"solver.f0_scaling": "[0.2]", "solver.gamma": "[0.1]"})
-    assert "solver.c below 1 needs K(train, x)" in capsys.readouterr().err
-    assert (outcome.regression.by, outcome.completion.blocks_total) == (PredictedBy.block, 13)
+    """J w, w = Σ_j β_j sign(gradient of j), is K(test, train) β; c < 1 adds K(train, test)ᵀ α."""
+    changes = {"kernel.kinds": "[asigngd]", "kernel.precision": "float64"}
+    changes |= {"solver.ridge": "[0.1]", "solver.gamma": "[0.01,1.0]", "solver.f0_scaling": "[0.2]"}
+    short = run(model, **changes)
+    assert (short.regression.by, short.completion.blocks_total) == (PredictedBy.tangent, 7)
     handle = open_store("store").open()
-    grid, labels = handle.grid, labels_of(handle)
-    train = range(grid.num_cols)
-    solution = solve_asymmetric(
-        handle.kernel(kind="asigngd", rows=train),
-        plus_minus(labels[: len(train)], 2),
-        gamma=[0.1],
-        ridge=[0.1],
-        f0=handle.logits(train),
-        f0_scaling=[0.2],
-        c=[0.25],
-    )
-    sides = [handle.kernel(kind=k, rows=grid.test) for k in ("asigngd", "asigngd_flipped")]
-    h = solution.predict(sides[0], handle.logits(grid.test), sides[1])[0, 0, 0, 0]
-    accuracy = (h.argmax(1) == labels[grid.test.start :]).mean()
-    assert outcome.regression.results[Kind.asigngd].test_score == accuracy
+    found = stored_predictions(handle, "asigngd")
+    capsys.readouterr()
+    mixed = run(model, **changes, **{"solver.c": "[0.25]"})
+    assert "solver.c below 1 needs K(train, x)" in capsys.readouterr().err
+    assert (mixed.regression.by, mixed.completion.blocks_total) == (PredictedBy.block, 13)
+    long = run(model, **changes, kernel__test_block="true")
+    assert (long.regression.by, long.completion.blocks_computed) == (PredictedBy.block, 0)
+    results = [run.regression.results[Kind.asigngd] for run in (short, long, mixed)]
+    assert results[0] == results[1]
+    assert [result.point.c for result in results] == [1.0, 1.0, 0.25]
+    test = handle.grid.test
+    k, k_flipped = (handle.kernel(kind=kind, rows=test) for kind in ("asigngd", "asigngd_flipped"))
+    expected = np.einsum("iajb,jb->ia", k, asymmetric(handle, results[0].point).beta[0, 0, 0])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+    for result in results:
+        solution = asymmetric(handle, result.point)
+        h = solution.predict(k, handle.logits(test), k_flipped)[0, 0, 0, 0]
+        assert result.test_score == (h.argmax(1) == labels_of(handle)[test.start :]).mean()
+    by_share = {row["c"]: row for row in rows()}
+    assert set(by_share) == {1.0, 0.25}
+    assert by_share[1.0]["gamma"] == results[0].point.gamma
+    assert by_share[1.0]["iterations"] == 0
 
 
-def test_three_kinds_are_three_rows(
+def test_three_kinds_are_three_rows_and_signs_on_both_sides_need_the_kernel_of_test(
     model: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"kernel.kinds": "[sgd,signgd,asigngd]", "solver": "logistic"}
     outcome = run(model, **changes)
+    assert outcome.regression.by is PredictedBy.block
+    assert outcome.completion.blocks_total == outcome.prepared.grid.num_cells
+    assert not list(here.glob("store/kernels/*/prediction-*"))
     show_outcome(outcome, Screen())
     shown = capsys.readouterr().out
     for row in ("(sgd, logistic)", "(signgd, logistic)", "(asigngd, asymmetric)", "gamma"):
@@ -312,11 +290,15 @@ def _without(overrides: list[str], keys: tuple[str, ...]) -> RunConfig:
 
 @pytest.mark.ray
 def test_ray_workers_predict_the_same_bits(model: Path, here: Path) -> None:
-    run(model)
-    command = [sys.executable, "-m", "raykernel", "kernel", *arguments(model, store__path="ray")]
+    kinds = {"kernel.kinds": "[sgd,asigngd]"}
+    run(model, **kinds)
+    words = arguments(model, **kinds, store__path="ray")
+    command = [sys.executable, "-m", "raykernel", "kernel", *words]
     done = subprocess.run(
         [*command, "compute=ray", "compute.workers=2"], capture_output=True, text=True, check=True
     )
-    assert done.stderr.count("test predictions:") <= 2
+    assert done.stderr.count("test predictions:") <= 4
     inline, ray = (open_store(path).open() for path in ("store", "ray"))
-    assert stored_predictions(ray).tobytes() == stored_predictions(inline).tobytes()
+    for kind in ("sgd", "asigngd"):
+        found, expected = (stored_predictions(handle, kind) for handle in (ray, inline))
+        assert found.tobytes() == expected.tobytes()
