@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.peers import reference
 from benchmarks.workloads import Batch, Workload, read, roberta
-from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.analysis.ridge import solve_ridge
+from raykernel.analysis.targets import one_hot
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.ntk.product import tangents, weighted_gradient

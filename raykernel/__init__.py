@@ -21,16 +21,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from raykernel.adapters import adapter_kernels
+    from raykernel.analysis.asymmetric import solve_asymmetric
+    from raykernel.analysis.logistic import solve_logistic
     from raykernel.analysis.ridge import solve_ridge
     from raykernel.ntk.empirical import empirical_kernel
     from raykernel.store.blocks import open_store
 
-__all__ = ["adapter_kernels", "empirical_kernel", "open_store", "solve_ridge"]
+__all__ = [
+    "adapter_kernels",
+    "empirical_kernel",
+    "open_store",
+    "solve_asymmetric",
+    "solve_logistic",
+    "solve_ridge",
+]
 
 _HOMES = {
     "adapter_kernels": "raykernel.adapters",
     "empirical_kernel": "raykernel.ntk.empirical",
     "open_store": "raykernel.store.blocks",
+    "solve_asymmetric": "raykernel.analysis.asymmetric",
+    "solve_logistic": "raykernel.analysis.logistic",
     "solve_ridge": "raykernel.analysis.ridge",
 }
 

@@ -30,6 +30,7 @@ from raykernel.terms import (
     Precision,
     Projection,
     PromptStyle,
+    Solver,
     Source,
     Truncation,
 )
@@ -272,7 +273,7 @@ class KernelConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     """Random projection of gradients."""
     test_block: bool = False
-    """Store the kernel of test with train, too; prediction needs it for signgd alone."""
+    """Store the kernel of test with train, too; prediction needs it for signgd and solver.c < 1."""
 
     def __post_init__(self) -> None:
         require(bool(self.kinds), "kernel.kinds", self.kinds, "at least one kind")
@@ -293,18 +294,13 @@ class KernelConfig:
         return list(dict.fromkeys(both))
 
     @property
-    def solved_kinds(self) -> list[Kind]:
-        """Kinds that kernel regression is solved for: ridge regression wants symmetric ones."""
-        return [kind for kind in self.kinds if kind.is_symmetric]
-
-    @property
     def predicts(self) -> bool:
         """Whether test is predicted without its kernel.
 
-        Signs on both sides leave no short way, and the product J w is not of projected gradients.
+        Signs of test's gradients leave no short way, and the product J w is not of projected ones.
         """
-        exact = not self.projection.is_on and not any(k.has_signs for k in self.solved_kinds)
-        return bool(self.solved_kinds) and exact and not self.test_block
+        exact = not self.projection.is_on and not any(kind.has_signed_rows for kind in self.kinds)
+        return exact and not self.test_block
 
     @property
     def identity(self) -> dict[str, Json]:
@@ -318,25 +314,68 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """Grid of kernel regression (Malladi et al. 2023, Table 4), selected on dev."""
+    """How kernel regression is solved: the grid (Malladi et al. 2023, Table 4), selected on dev.
 
+    Asymmetric kinds always have the asymmetric solver, for which γ and c are.
+    """
+
+    method: Solver = Solver.ridge
+    """Of symmetric kinds; of these asymmetric is another ridge regression, of ridge 1/γ."""
     ridge: list[float] = field(default_factory=lambda: [0.0, 1e-3, 1e-2, 1e-1, 1.0])
     """Ridges, relative to the operator norm of K(train, train)."""
     f0_scaling: list[float] = field(default_factory=lambda: [10.0, 100.0, 1e3, 1e4, math.inf])
     """Divisors s of the initial logits, targets y - f0/s; .inf leaves them out."""
+    gamma: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0])
+    """Weights of the squared errors in the asymmetric solver."""
+    c: list[float] = field(default_factory=lambda: [1.0])
+    """Shares of K(x, train) in its prediction; the rest is of K(train, x)."""
     groups: list[str] = field(default_factory=list)
     """Regular expressions of the layer groups that are summed; empty: all. Costs no new block."""
 
     def __post_init__(self) -> None:
-        require(bool(self.ridge), "solver.ridge", self.ridge, "at least one value")
-        require(all(r >= 0 for r in self.ridge), "solver.ridge", self.ridge, "values ≥ 0")
-        require(bool(self.f0_scaling), "solver.f0_scaling", self.f0_scaling, "at least one value")
+        for name in ("ridge", "f0_scaling", "gamma", "c"):
+            values = getattr(self, name)
+            require(bool(values), f"solver.{name}", values, "at least one value")
+        finite = all(0 <= r < math.inf for r in self.ridge)
+        require(finite, "solver.ridge", self.ridge, "values ≥ 0")
+        require(
+            self.method is not Solver.logistic or all(r > 0 for r in self.ridge),
+            "solver.ridge",
+            self.ridge,
+            "values > 0 with solver.method=logistic, whose loss has no minimum without a ridge. "
+            "Take 1e-4 instead of 0",
+        )
         require(
             all(s > 0 for s in self.f0_scaling),
             "solver.f0_scaling",
             self.f0_scaling,
             "values > 0 (.inf leaves the initial logits out)",
         )
+        positive = all(0 < g < math.inf for g in self.gamma)
+        require(positive, "solver.gamma", self.gamma, "values > 0")
+        require(all(0 <= c <= 1 for c in self.c), "solver.c", self.c, "values from 0 to 1")
+
+    def solver_of(self, kind: Kind) -> Solver:
+        """The solver of a kind of kernel."""
+        return self.method if kind.is_symmetric else Solver.asymmetric
+
+    def is_asymmetric(self, kind: Kind) -> bool:
+        """Whether a kind's solver has γ and c."""
+        return self.solver_of(kind) is Solver.asymmetric
+
+
+@dataclass(frozen=True, slots=True)
+class GridPoint:
+    """One point of a solver's grid: with kernel and layer groups, it names a solution."""
+
+    solver: Solver
+    ridge: float
+    """Relative to the operator norm of K(train, train)."""
+    f0_scaling: float
+    """Divisor of the initial logits; inf leaves them out."""
+    gamma: float | None = None
+    """γ and c of the asymmetric solver, see `SolverConfig`; None of another one."""
+    c: float | None = None
 
 
 @dataclass(frozen=True)
@@ -407,6 +446,12 @@ class RunConfig:
             "none with kernel.projection.method=intrinsic_dimension, which projects all layers "
             "together. Drop solver.groups, or project by layer (rademacher)",
         )
+
+    @property
+    def needs_both_sides(self) -> bool:
+        """Whether K(train, x) enters predictions beside K(x, train)."""
+        asymmetric = map(self.solver.is_asymmetric, self.kernel.kinds)
+        return any(asymmetric) and any(c != 1 for c in self.solver.c)
 
 
 def label_text(value: object) -> str:

@@ -25,7 +25,7 @@ from raykernel.regress import Regression, solve, split_ties, wanted_rows
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
-from raykernel.terms import Kind, PredictedBy, PromptStyle, Split
+from raykernel.terms import Kind, PredictedBy, PromptStyle, Solver, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,10 +281,16 @@ def result_row(
         "zero_shot": None if probe else result.zero_shot,
         "linear_probe": result.zero_shot if probe else None,
         "kernel_regression": result.test_score,
-        "test_by": regression.by.value if regression.by else None,
+        "test_by": regression.by.value,
         "dev": result.dev_score,
-        "ridge": result.ridge,
-        "f0_scaling": result.f0_scaling,
+        "solved_by": result.point.solver.value,
+        "ridge": result.point.ridge,
+        "f0_scaling": result.point.f0_scaling,
+        "gamma": result.point.gamma,
+        "c": result.point.c,
+        "iterations": result.iterations,
+        "residual": result.residual,
+        "condition_number": result.condition_number,
         "groups": config.solver.groups,
         "blocks_total": completion.blocks_total,
         "blocks_computed": completion.blocks_computed,
@@ -299,8 +305,6 @@ def result_row(
 def _predicted(outcome: Outcome) -> str:
     """How test was predicted, as the end of a sentence."""
     found, grid = outcome.regression, outcome.prepared.grid
-    if found.by is None:
-        return ""
     if found.by is PredictedBy.block:
         return "; test predicted through its kernel with train"
     text = "; test predicted without its kernel (J w)"
@@ -320,6 +324,31 @@ def _compared(done: Completion) -> str:
     )
 
 
+def score_table(regression: Regression, before: str) -> tuple[list[str], list[list[str]]]:
+    """Scores of all kinds as a table; γ and c are columns where the asymmetric solver has some.
+
+    Args:
+        regression: the scores.
+        before: what the initial logits are.
+
+    Returns:
+        Headings from the third column on, and rows of text.
+    """
+    results = regression.results
+    asymmetric = any(result.point.gamma is not None for result in results.values())
+    headings = ["dev", "ridge", "f0 scaling", *["gamma", "c"] * asymmetric, "condition number"]
+    zero_shot = next(iter(results.values())).zero_shot
+    rows = [[before, f"{zero_shot:.3f}", *[""] * len(headings)]]
+    for kind, result in results.items():
+        point = result.point
+        by = "" if point.solver is Solver.ridge else f", {point.solver.value}"
+        settings = [point.ridge, point.f0_scaling, *[point.gamma, point.c] * asymmetric]
+        row = [f"kernel regression ({kind.value}{by})", f"{result.test_score:.3f}"]
+        row += [f"{result.dev_score:.3f}", *("" if v is None else f"{v:g}" for v in settings)]
+        rows.append([*row, f"{result.condition_number:.3g}"])
+    return headings, rows
+
+
 def show_outcome(outcome: Outcome, screen: Screen) -> None:
     """Print scores, costs, where the blocks are, and what to try next.
 
@@ -330,31 +359,16 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
     prepared, config = outcome.prepared, outcome.prepared.config
     probe = config.prompt.style is PromptStyle.none
     metric = config.task.metric.value
-    rows: list[list[str]] = []
-    for kind, result in outcome.regression.results.items():
-        if not rows:
-            before = "linear probe" if probe else "zero-shot"
-            rows.append([before, f"{result.zero_shot:.3f}", "", "", "", ""])
-        rows.append(
-            [
-                f"kernel regression ({kind.value})",
-                f"{result.test_score:.3f}",
-                f"{result.dev_score:.3f}",
-                f"{result.ridge:g}",
-                f"{result.f0_scaling:g}",
-                f"{result.condition_number:.3g}",
-            ]
-        )
     splits = prepared.data.splits
-    for kind in config.kernel.kinds:
-        if not kind.is_symmetric:
+    headings, rows = score_table(outcome.regression, "linear probe" if probe else "zero-shot")
+    for kind, result in outcome.regression.results.items():
+        if result.excluded:
             screen.say(
-                f"Note: {kind.value} is not symmetric, so that ridge regression does not apply; "
-                f"its blocks are stored: open_store(…).kernel(kind={kind.value!r}, "
-                f"rows={wanted_rows(config, prepared.grid)})"
+                f"Note: {kind.value}: {len(result.excluded)} of {result.num_points} grid points "
+                f"left out, the first because {result.excluded[0]}."
             )
     screen.table(
-        ["", f"{metric} (test)", "dev", "ridge", "f0 scaling", "condition number"],
+        ["", f"{metric} (test)", *headings],
         rows,
         title=(
             f"{config.task.name}, {config.model.name}, k={config.task.k}, seed {config.task.seed}: "

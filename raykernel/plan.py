@@ -92,7 +92,9 @@ class Plan:
         if not self.num_predicted:
             return 0.0
         train = self._num_predicting * self.prepared.grid.num_cols
-        return (train + self.num_predicted) * self._mean_length
+        # A direction for every kind; that of signs takes up to twice the passes over train.
+        num_kinds = len(self.prepared.config.kernel.kinds)
+        return num_kinds * (train + self.num_predicted) * self._mean_length
 
     @property
     def _num_predicting(self) -> int:
@@ -135,7 +137,7 @@ def make_plan(config: RunConfig, screen: Screen) -> Plan:
 
 def _is_solved(prepared: Prepared, store: Store) -> bool:
     """Whether the same question has been answered for every kind, so that nothing is predicted."""
-    rows = [result_key(prepared, kind) for kind in prepared.config.kernel.solved_kinds]
+    rows = [result_key(prepared, kind) for kind in prepared.config.kernel.kinds]
     return all(store.has_result("kernels", row) for row in rows)
 
 
@@ -221,11 +223,9 @@ def show_plan(plan: Plan, screen: Screen) -> None:
 
 def _prediction(plan: Plan) -> str:
     """How test will be predicted, in words."""
-    grid, kernel = plan.prepared.grid, plan.prepared.config.kernel
+    grid = plan.prepared.grid
     if plan.num_predicted:
         return f"{plan.num_predicted} examples predicted without their kernel (J w)"
-    if not kernel.solved_kinds:
-        return "not predicted: no kind is symmetric"
     if len(plan.cells) == len(grid.cells()):
         return "predicted through its kernel with train"
     return "predicted before"

@@ -59,6 +59,12 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
     prompt = resolve_prompt(config.task, config.prompt, data.labels)
     # A branch name of the hub becomes a commit here, so that all workers load the same weights.
     config = replace(config, model=prepare_model(config.model))
+    if config.needs_both_sides and not config.kernel.test_block:
+        screen.say(
+            "Note: solver.c below 1 needs K(train, x) beside K(x, train): the kernel of test with "
+            "train is stored, as with kernel.test_block=true."
+        )
+        config = replace(config, kernel=replace(config.kernel, test_block=True))
     check_model(config.model, has_prompt=config.prompt.style is not PromptStyle.none)
     tokenizer = load_tokenizer(config.model)
     encoded = encode(

@@ -3,21 +3,23 @@
     K(train, train), K(dev, train) → α → test by J(x) w, or by K(test, train) α → scores
 
 h(x) = K(x, train) α + f0(x) / s is linear in the parameters, h(x) = J(x) w + f0(x) / s with
-w = J(train)ᵀ α. So test needs no kernel, unless signs are taken on both sides of it, or the chosen
-layer groups split the uses of a tied parameter, or it is stored all the same.
+w = J(train)ᵀ α, or w = sign(J(train))ᵀ α of asigngd. So test needs no kernel, unless signs of its
+own gradients are taken, or the chosen layer groups split the uses of a tied parameter, or it is
+stored all the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
+from raykernel.analysis.fit import Fit
 from raykernel.analysis.regression import RegressionResult, Selection, SplitData, judge, select
-from raykernel.analysis.ridge import scaled_logits
+from raykernel.analysis.targets import scaled_logits
 from raykernel.compute.executor import Executor
 from raykernel.compute.predictor import PredictionSpec
 from raykernel.config import RunConfig
@@ -35,13 +37,12 @@ from raykernel.terms import Kind, PredictedBy, Split
 class Regression:
     """Scores by kind, and what predicting test took."""
 
-    results: dict[Kind, RegressionResult] = field(default_factory=dict)
-    by: PredictedBy | None = None
-    """None if nothing was solved."""
-    num_computed: int = 0
+    results: dict[Kind, RegressionResult]
+    by: PredictedBy
+    num_computed: int
     """Test examples predicted now; the others' outputs were stored."""
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
+    seconds: float
+    peak_memory_bytes: int
     """Largest memory of a predicting worker, 0 if none worked."""
 
 
@@ -57,8 +58,7 @@ def wanted_rows(config: RunConfig, grid: Grid, names: Sequence[str] = ()) -> ran
         Train and dev, or all where test is to be stored or has no shorter way.
     """
     kernel = config.kernel
-    stored = kernel.test_block or (bool(kernel.solved_kinds) and not kernel.predicts)
-    if stored or (kernel.predicts and split_ties(config, names)):
+    if not kernel.predicts or split_ties(config, names):
         return grid.rows
     return grid.train_and_dev
 
@@ -73,7 +73,7 @@ def split_ties(config: RunConfig, names: Sequence[str]) -> list[str]:
 def solve(
     prepared: Prepared, handle: KernelHandle, executor: Executor, screen: Screen
 ) -> Regression:
-    """Kernel regression for each kind of kernel that is a symmetric matrix on train.
+    """Kernel regression for each kind of kernel, by its solver.
 
     Args:
         prepared: the run.
@@ -82,28 +82,27 @@ def solve(
         screen: where progress is shown.
 
     Returns:
-        Selected grid points and scores; ridge regression has no meaning for the other kinds.
+        Selected grid points and scores.
     """
     config, test = prepared.config, handle.grid.test
-    kinds = config.kernel.solved_kinds
-    if not kinds:
-        return Regression()
     by = PredictedBy.tangent if handle.missing(test) else PredictedBy.block
     labels = example_labels(prepared.data)[test.start :]
     results, start, computed, peak = {}, time.monotonic(), 0, 0
-    for kind in kinds:
+    for kind in config.kernel.kinds:
         selection = _select(prepared, handle, kind)
+        fit = selection.fit
         if by is PredictedBy.block:
-            fitted = _through_block(config, handle, kind, selection)
+            data = _read(prepared, handle, kind, test)
+            outputs = fit.predict(data.k, data.f0, data.k_flipped)
         else:
-            solution = _solution(config, handle, kind, selection)
+            solution = _solution(config, handle, kind, fit)
             number, memory = predict(
-                prepared, handle, solution, selection.alpha, executor=executor, screen=screen
+                prepared, handle, solution, fit.alpha, executor=executor, screen=screen
             )
             computed, peak = computed + number, max(peak, memory)
-            fitted = read_predictions(handle, solution, test)
+            offset = scaled_logits(handle.logits(test), [fit.point.f0_scaling])[0]
+            outputs = read_predictions(handle, solution, test) + offset
         f0 = handle.logits(test)
-        outputs = fitted + scaled_logits(f0, [selection.f0_scaling])[0]
         metric = config.task.metric
         results[kind] = judge(selection, outputs, f0=f0, labels=labels, metric=metric)
     seconds = time.monotonic() - start if computed else 0.0
@@ -156,38 +155,34 @@ def predict(
 
 def _select(prepared: Prepared, handle: KernelHandle, kind: Kind) -> Selection:
     """Fit on train, select on dev."""
-    config, grid, labels = prepared.config, handle.grid, example_labels(prepared.data)
-    rows = grid.train_and_dev
-    k = handle.kernel(config.solver.groups or None, kind=kind.value, rows=rows)
-    logits = handle.logits(rows)
-    train, dev = (
-        SplitData(k[at.start : at.stop], logits[at.start : at.stop], labels[at.start : at.stop])
-        for at in (prepared.data.splits[split] for split in (Split.train, Split.dev))
-    )
+    config, grid = prepared.config, handle.grid
+    both = _read(prepared, handle, kind, grid.train_and_dev)
+    train, dev = (both.part(prepared.data.splits[split]) for split in (Split.train, Split.dev))
     eps = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
     return select(
         train,
         dev,
-        ridge=config.solver.ridge,
-        f0_scaling=config.solver.f0_scaling,
+        config.solver,
+        solver=config.solver.solver_of(kind),
         metric=config.task.metric,
-        resolution=eps * grid.num_cols * logits.shape[1],
+        resolution=eps * grid.num_cols * train.f0.shape[1],
     )
 
 
-def _through_block(
-    config: RunConfig, handle: KernelHandle, kind: Kind, selection: Selection
-) -> Float[np.ndarray, "m c"]:
-    """K(test, train) α."""
-    groups, rows = config.solver.groups or None, handle.grid.test
-    k = handle.kernel(groups, kind=kind.value, rows=rows)
-    fitted: np.ndarray = np.tensordot(k, selection.alpha, axes=2)
-    return fitted
+def _read(prepared: Prepared, handle: KernelHandle, kind: Kind, rows: range) -> SplitData:
+    """What kernel regression needs of whole row blocks, through their kernel with train."""
+    config = prepared.config
+    groups = config.solver.groups or None
+    flipped = config.needs_both_sides and config.solver.is_asymmetric(kind)
+    return SplitData(
+        handle.kernel(groups, kind=kind.value, rows=rows),
+        handle.logits(rows),
+        example_labels(prepared.data)[rows.start : rows.stop],
+        handle.kernel(groups, kind=kind.flipped.value, rows=rows) if flipped else None,
+    )
 
 
-def _solution(
-    config: RunConfig, handle: KernelHandle, kind: Kind, selection: Selection
-) -> Solution:
+def _solution(config: RunConfig, handle: KernelHandle, kind: Kind, fit: Fit) -> Solution:
     """What names the selected α."""
     groups = select_groups(handle.groups(kind.value), groups=config.solver.groups or None)
-    return Solution(kind.value, tuple(groups), selection.ridge, selection.f0_scaling)
+    return Solution(kind.value, tuple(groups), fit.point)

@@ -26,6 +26,11 @@ class Kind(Enum):
         return self is not Kind.sgd
 
     @property
+    def has_signed_rows(self) -> bool:
+        """Whether signs of the row examples' gradients enter: then J w does not predict them."""
+        return self in (Kind.signgd, Kind.asigngd_flipped)
+
+    @property
     def flipped(self) -> Kind:
         """The kind whose K[j, b, i, a] is this kind's K[i, a, j, b]: itself if symmetric."""
         pair = (Kind.asigngd, Kind.asigngd_flipped)
@@ -35,6 +40,17 @@ class Kind(Enum):
     def is_symmetric(self) -> bool:
         """Whether the kernel of examples with themselves is a symmetric matrix."""
         return self.flipped is self
+
+
+class Solver(Enum):
+    """How kernel regression is solved (Malladi et al. 2023, appendix A.3)."""
+
+    ridge = "ridge"
+    """Least squares to one-hot targets."""
+    logistic = "logistic"
+    """Softmax cross-entropy, regularised by the norm of the function."""
+    asymmetric = "asymmetric"
+    """Least squares with an asymmetric kernel (He et al. 2022): asigngd has no other."""
 
 
 class PredictedBy(Enum):

@@ -9,7 +9,7 @@ import pytest
 from raykernel.compose import compose_runs, conf_dir
 from raykernel.config import RunConfig, canonical_json, differences, fingerprint, plain
 from raykernel.errors import InputError
-from raykernel.terms import PromptStyle
+from raykernel.terms import PromptStyle, Solver
 
 
 def compose(*overrides: str) -> RunConfig:
@@ -81,6 +81,10 @@ def test_one_job_per_combination_in_order():
         ("prompt.template={review} It was", "inner quotes"),
         ("solver.ridge=[-1]", "values ≥ 0"),
         ("solver.f0_scaling=[0]", "values > 0"),
+        ("solver.gamma=[0]", "solver.gamma: found [0.0], expected values > 0"),
+        ("solver.gamma=[]", "at least one value"),
+        ("solver.c=[1.5]", "values from 0 to 1"),
+        ("solver.method=logistic", "no minimum without a ridge"),
         ("kernel.projection.method=gausian", "kernel.projection.method"),
         ("kernel.projection.dim=0", "kernel.projection.dim: found 0"),
         ("kernel.projection.dim=64", "Set kernel.projection.method"),
@@ -132,3 +136,12 @@ def test_golden_fingerprint_of_the_parts_that_decide_numbers():
     config = RunConfig()
     assert fingerprint(config.kernel.identity) == "48755baead0af404"
     assert fingerprint(plain(config.parameters)) == "1342f090a7b8cf02"
+
+
+def test_asymmetric_kinds_have_their_own_solver_whatever_the_method():
+    config = compose("solver=logistic", "kernel.kinds=[sgd,asigngd]", "solver.c=[1.0,0.5]")
+    solvers = [config.solver.solver_of(kind) for kind in config.kernel.kinds]
+    assert solvers == [Solver.logistic, Solver.asymmetric]
+    assert config.needs_both_sides
+    assert not compose("solver.c=[0.5]").needs_both_sides
+    assert compose("solver=asymmetric", "solver.c=[0.5]").needs_both_sides

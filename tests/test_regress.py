@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.analysis.asymmetric import AsymmetricSolution, solve_asymmetric
+from raykernel.analysis.ridge import solve_ridge
+from raykernel.analysis.targets import one_hot, plus_minus
 from raykernel.compose import compose_runs
-from raykernel.config import RunConfig
+from raykernel.config import GridPoint, RunConfig
 from raykernel.console import Screen
 from raykernel.errors import KernelIncompleteError
 from raykernel.pipeline import Outcome, kernel, show_outcome
@@ -19,7 +21,7 @@ from raykernel.store.arrowfile import read_header
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.predictions import PREDICTION_GLOB, read_predictions, solution_of
-from raykernel.terms import PredictedBy
+from raykernel.terms import Kind, PredictedBy
 from tests import tiny
 
 
@@ -68,8 +70,10 @@ def rows() -> list[dict[str, object]]:
     return found
 
 
-def stored_predictions(handle: KernelHandle) -> np.ndarray:
-    (solution,) = {solution_of(read_header(path)) for path in handle.path.glob(PREDICTION_GLOB)}
+def stored_predictions(handle: KernelHandle, kind: str = "sgd") -> np.ndarray:
+    paths = handle.path.glob(PREDICTION_GLOB)
+    solutions = {solution_of(path, read_header(path)) for path in paths}
+    (solution,) = (found for found in solutions if found.kind == kind)
     return read_predictions(handle, solution, handle.grid.test)
 
 
@@ -161,17 +165,70 @@ def test_a_damaged_prediction_is_computed_again(model: Path, here: Path) -> None
     assert run(model).regression.num_computed == 3
 
 
-def test_signs_on_both_sides_need_the_kernel_of_test(model: Path, here: Path) -> None:
-    outcome = run(model, **{"kernel.kinds": "[sgd,signgd]"})
+def asymmetric(handle: KernelHandle, point: GridPoint) -> AsymmetricSolution:
+    """The solution of one grid point from the stored kernel of train."""
+    train = range(handle.grid.num_cols)
+    return solve_asymmetric(
+        handle.kernel(kind="asigngd", rows=train),
+        plus_minus(labels_of(handle)[: len(train)], 2),
+        gamma=[point.gamma],  # type: ignore[list-item]
+        ridge=[point.ridge],
+        f0=handle.logits(train),
+        f0_scaling=[point.f0_scaling],
+        c=[point.c],  # type: ignore[list-item]
+    )
+
+
+def test_asigngd_is_predicted_without_the_kernel_of_test_and_as_through_it(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """J w, w = Σ_j β_j sign(gradient of j), is K(test, train) β; c < 1 adds K(train, test)ᵀ α."""
+    changes = {"kernel.kinds": "[asigngd]", "kernel.precision": "float64"}
+    changes |= {"solver.ridge": "[0.1]", "solver.gamma": "[0.01,1.0]", "solver.f0_scaling": "[0.2]"}
+    short = run(model, **changes)
+    assert (short.regression.by, short.completion.blocks_total) == (PredictedBy.tangent, 7)
+    handle = open_store("store").open()
+    found = stored_predictions(handle, "asigngd")
+    capsys.readouterr()
+    mixed = run(model, **changes, **{"solver.c": "[0.25]"})
+    assert "solver.c below 1 needs K(train, x)" in capsys.readouterr().err
+    assert (mixed.regression.by, mixed.completion.blocks_total) == (PredictedBy.block, 13)
+    long = run(model, **changes, kernel__test_block="true")
+    assert (long.regression.by, long.completion.blocks_computed) == (PredictedBy.block, 0)
+    results = [run.regression.results[Kind.asigngd] for run in (short, long, mixed)]
+    assert results[0] == results[1]
+    assert [result.point.c for result in results] == [1.0, 1.0, 0.25]
+    test = handle.grid.test
+    k, k_flipped = (handle.kernel(kind=kind, rows=test) for kind in ("asigngd", "asigngd_flipped"))
+    expected = np.einsum("iajb,jb->ia", k, asymmetric(handle, results[0].point).beta[0, 0, 0])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+    for result in results:
+        solution = asymmetric(handle, result.point)
+        h = solution.predict(k, handle.logits(test), k_flipped)[0, 0, 0, 0]
+        assert result.test_score == (h.argmax(1) == labels_of(handle)[test.start :]).mean()
+    by_share = {row["c"]: row for row in rows()}
+    assert set(by_share) == {1.0, 0.25}
+    assert by_share[1.0]["gamma"] == results[0].point.gamma
+    assert by_share[1.0]["iterations"] == 0
+
+
+def test_three_kinds_are_three_rows_and_signs_on_both_sides_need_the_kernel_of_test(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"kernel.kinds": "[sgd,signgd,asigngd]", "solver": "logistic"}
+    outcome = run(model, **changes)
     assert outcome.regression.by is PredictedBy.block
     assert outcome.completion.blocks_total == outcome.prepared.grid.num_cells
     assert not list(here.glob("store/kernels/*/prediction-*"))
-
-
-def test_a_kind_that_is_not_solved_needs_no_test(model: Path, here: Path) -> None:
-    outcome = run(model, **{"kernel.kinds": "[asigngd]"})
-    assert (outcome.regression.by, outcome.completion.blocks_total) == (None, 7)
     show_outcome(outcome, Screen())
+    shown = capsys.readouterr().out
+    for row in ("(sgd, logistic)", "(signgd, logistic)", "(asigngd, asymmetric)", "gamma"):
+        assert row in shown
+    by_kind = {row["kind"]: row for row in rows()}
+    solvers = {kind: row["solved_by"] for kind, row in by_kind.items()}
+    assert solvers == {"sgd": "logistic", "signgd": "logistic", "asigngd": "asymmetric"}
+    assert by_kind["sgd"]["iterations"] > 0  # type: ignore[operator]
+    assert by_kind["sgd"]["gamma"] is None
 
 
 def test_some_uses_of_a_tied_parameter_need_the_kernel_of_test(

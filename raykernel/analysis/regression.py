@@ -1,19 +1,25 @@
 """Kernel regression as an experiment: fit on train, select on dev, judge on test once.
 
-select(train, dev) → α of the best grid point → outputs of test, in whichever way → judge
+select(train, dev) → the fit of the best grid point → outputs of test, in whichever way → judge
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from raykernel.analysis.ridge import RidgeSolution, one_hot, solve_ridge
-from raykernel.errors import InputError
-from raykernel.terms import Metric
+from raykernel.analysis.asymmetric import solve_asymmetric
+from raykernel.analysis.fit import Fit
+from raykernel.analysis.logistic import solve_logistic
+from raykernel.analysis.ridge import solve_ridge
+from raykernel.analysis.targets import one_hot, plus_minus
+from raykernel.config import GridPoint, SolverConfig
+from raykernel.errors import InputError, RunError
+from raykernel.terms import Metric, Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,46 +27,39 @@ class SplitData:
     """What kernel regression knows of one split: kernel rows, initial logits, labels."""
 
     k: Float[np.ndarray, "m c n c"]
-    """Kernel of the split's examples with the train examples."""
+    """Kernel of the split's examples with the train examples, K(x, train)."""
     f0: Float[np.ndarray, "m c"]
     """Logits at theta_0."""
     labels: Int[np.ndarray, " m"]
     """Index of the right output."""
+    k_flipped: Float[np.ndarray, "m c n c"] | None = None
+    """K(train, x), x in rows: of an asymmetric kernel, where c < 1 needs it."""
+
+    def part(self, at: range) -> SplitData:
+        """Some of the examples."""
+        here = slice(at.start, at.stop)
+        flipped = None if self.k_flipped is None else self.k_flipped[here]
+        return SplitData(self.k[here], self.f0[here], self.labels[here], flipped)
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The grid point that dev selects."""
 
-    solution: RidgeSolution
-    """A grid of this one point."""
+    fit: Fit
     dev_score: float
-
-    @property
-    def ridge(self) -> float:
-        """Selected ridge, relative to ||K(train, train)||_op."""
-        return self.solution.ridge[0]
-
-    @property
-    def f0_scaling(self) -> float:
-        """Selected divisor of the initial logits; inf leaves them out."""
-        return self.solution.f0_scaling[0]
-
-    @property
-    def alpha(self) -> Float[np.ndarray, "n c"]:
-        """Dual coefficients."""
-        alpha: np.ndarray = self.solution.alpha[0, 0]
-        return alpha
+    num_points: int
+    """Of the grid."""
+    excluded: tuple[str, ...]
+    """Why points were left out, one reason each."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegressionResult:
     """The grid point that dev selects, and its score on test."""
 
-    ridge: float
-    """Selected ridge, relative to ||K(train, train)||_op."""
-    f0_scaling: float
-    """Selected divisor of the initial logits; inf leaves them out."""
+    point: GridPoint
+    """Solver and selected settings."""
     dev_score: float
     """Dev metric of the selected point."""
     test_score: float
@@ -68,52 +67,102 @@ class RegressionResult:
     zero_shot: float
     """Test metric of the initial logits (with a linear head: of the linear probe)."""
     condition_number: float
-    """Of K + σI at the selected point."""
+    """Of the system at the selected point: K + σI, the Hessian, or the augmented system."""
     residual: float
-    """Relative residual of the linear system at the selected point."""
+    """How far the selected solution is from solving it, relative to its right-hand side."""
+    iterations: int
+    """0 of a solver that needs none."""
     num_dropped: int
     """Eigenvalues below the kernel's resolution."""
+    num_points: int
+    """Of the grid."""
+    excluded: tuple[str, ...]
+    """Why points were left out, one reason each."""
+
+
+def fits_of(
+    train: SplitData, settings: SolverConfig, solver: Solver, resolution: float | None = None
+) -> Iterator[Fit]:
+    """Every grid point of a solver, in the order in which dev breaks ties.
+
+    Args:
+        train: the columns' own split.
+        settings: the grid.
+        solver: which.
+        resolution: see `solve_ridge`.
+
+    Returns:
+        The fits.
+    """
+    num_labels = train.f0.shape[1]
+    y = one_hot(train.labels, num_labels)
+    ridge, scaling = settings.ridge, settings.f0_scaling
+    if solver is Solver.ridge:
+        return solve_ridge(
+            train.k, y, ridge=ridge, f0=train.f0, f0_scaling=scaling, resolution=resolution
+        ).fits()
+    if solver is Solver.logistic:
+        return solve_logistic(
+            train.k, y, ridge=ridge, f0=train.f0, f0_scaling=scaling, resolution=resolution
+        ).fits()
+    return solve_asymmetric(
+        train.k,
+        plus_minus(train.labels, num_labels),
+        gamma=settings.gamma,
+        ridge=ridge,
+        f0=train.f0,
+        f0_scaling=scaling,
+        c=settings.c,
+        resolution=resolution,
+    ).fits()
 
 
 def select(
     train: SplitData,
     dev: SplitData,
+    settings: SolverConfig,
     *,
-    ridge: list[float],
-    f0_scaling: list[float],
+    solver: Solver,
     metric: Metric,
     resolution: float | None = None,
 ) -> Selection:
-    """Least-squares kernel regression over the solver grid, and its best point on dev.
+    """Kernel regression over the solver's grid, and its best point on dev.
 
-    Ties on dev go to the first grid point, scaling before ridge, as files are listed in the
-    reference's selection (Malladi et al. 2023, appendix A.3; Table 4 has the grid).
+    Ties on dev go to the first grid point, scaling before ridge before γ before c, as files are
+    listed in the reference's selection (Malladi et al. 2023, appendix A.3; Table 4 has the grid).
+    Points that have no solution, or whose solution was not found, are left out.
 
     Args:
         train: the columns' own split.
         dev: selects the grid point.
-        ridge: relative ridges.
-        f0_scaling: divisors of the initial logits.
+        settings: the grid.
+        solver: which.
         metric: of dev.
         resolution: see `solve_ridge`.
 
     Returns:
         The selected point.
+
+    Raises:
+        RunError: if every point is left out.
     """
-    num_labels = train.f0.shape[1]
-    solution = solve_ridge(
-        train.k,
-        one_hot(train.labels, num_labels),
-        ridge=ridge,
-        f0=train.f0,
-        f0_scaling=f0_scaling,
-        resolution=resolution,
-    )
-    dev_outputs = solution.predict(dev.k, dev.f0)
-    scores = np.array([[score(metric, dev.labels, h) for h in row] for row in dev_outputs])
-    at = np.unravel_index(int(scores.argmax()), scores.shape)
-    s, r = int(at[0]), int(at[1])
-    return Selection(solution.at(s, r), float(scores[s, r]))
+    best: Fit | None = None
+    best_score, num_points, excluded = -np.inf, 0, []
+    for fit in fits_of(train, settings, solver, resolution):
+        num_points += 1
+        if fit.excluded:
+            excluded.append(fit.excluded)
+            continue
+        found = score(metric, dev.labels, fit.predict(dev.k, dev.f0, dev.k_flipped))
+        if best is None or found > best_score:
+            best, best_score = fit, found
+    if best is None:
+        raise RunError(
+            f"solver: all {num_points} grid points of the {solver.value} solver were left out, "
+            f"expected one at least: {excluded[0]}. Choose other values of solver.ridge"
+            + (" or solver.gamma." if solver is Solver.asymmetric else ".")
+        )
+    return Selection(best, float(best_score), num_points, tuple(excluded))
 
 
 def judge(
@@ -136,16 +185,18 @@ def judge(
     Returns:
         The selected point and the scores.
     """
-    solution = selection.solution
+    fit = selection.fit
     return RegressionResult(
-        ridge=selection.ridge,
-        f0_scaling=selection.f0_scaling,
+        point=fit.point,
         dev_score=selection.dev_score,
         test_score=score(metric, labels, outputs),
         zero_shot=score(metric, labels, f0),
-        condition_number=float(solution.condition_number[0]),
-        residual=float(solution.residual[0, 0]),
-        num_dropped=solution.num_dropped,
+        condition_number=fit.condition_number,
+        residual=fit.residual,
+        iterations=fit.iterations,
+        num_dropped=fit.num_dropped,
+        num_points=selection.num_points,
+        excluded=selection.excluded,
     )
 
 

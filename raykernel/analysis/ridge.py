@@ -9,17 +9,17 @@ train) (Table 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from raykernel.errors import InputError, NotPositiveSemidefiniteError
-
-NOT_PSD_TOLERANCE = 1e-3
-"""λ_min below minus this part of λ_max is no rounding error: the matrix is not a Gram matrix."""
+from raykernel.analysis.fit import Fit, grid_products
+from raykernel.analysis.gram import decompose
+from raykernel.analysis.targets import scaled_logits
+from raykernel.config import GridPoint
+from raykernel.terms import Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +44,16 @@ class RidgeSolution:
     num_dropped: int
     """Eigenvalues at or below the kernel's resolution: solved by the pseudo-inverse at ridge 0."""
 
-    def at(self, s: int, r: int) -> RidgeSolution:
-        """The solution of one grid point, as a grid of one."""
-        return RidgeSolution(
-            ridge=self.ridge[r : r + 1],
-            f0_scaling=self.f0_scaling[s : s + 1],
-            alpha=self.alpha[s : s + 1, r : r + 1],
-            eigenvalues=self.eigenvalues,
-            residual=self.residual[s : s + 1, r : r + 1],
-            condition_number=self.condition_number[r : r + 1],
-            num_dropped=self.num_dropped,
-        )
+    def fits(self) -> Iterator[Fit]:
+        """Every grid point, scaling before ridge."""
+        for s, r in np.ndindex(self.alpha.shape[:2]):
+            yield Fit(
+                GridPoint(Solver.ridge, self.ridge[r], self.f0_scaling[s]),
+                self.alpha[s, r],
+                condition_number=float(self.condition_number[r]),
+                residual=float(self.residual[s, r]),
+                num_dropped=self.num_dropped,
+            )
 
     def predict(
         self, k_eval_train: Float[np.ndarray, "m c n c"], f0: Float[np.ndarray, "m c"] | None = None
@@ -71,10 +70,8 @@ class RidgeSolution:
         Raises:
             InputError: if initial logits are needed and missing.
         """
-        m, c = k_eval_train.shape[:2]
-        flat = k_eval_train.reshape(m * c, -1) @ self.alpha.reshape(-1, k_eval_train[0, 0].size).T
-        fitted = flat.T.reshape(*self.alpha.shape[:2], m, c)
-        outputs: Float[np.ndarray, "s r m c"] = fitted + scaled_logits(f0, self.f0_scaling)[:, None]
+        offset = scaled_logits(f0, self.f0_scaling)[:, None]
+        outputs: np.ndarray = grid_products(k_eval_train, self.alpha) + offset
         return outputs
 
 
@@ -113,33 +110,14 @@ def solve_ridge(
         NotPositiveSemidefiniteError: if the kernel has eigenvalues far below zero.
     """
     n, c = targets.shape
-    if k_train_train.shape != (n, c, n, c):
-        raise InputError(
-            f"The train kernel has shape {k_train_train.shape}, expected {(n, c, n, c)} for "
-            f"targets of shape {targets.shape}: rows and columns must be the train examples."
-        )
-    if not (np.isfinite(k_train_train).all() and np.isfinite(targets).all()):
-        raise InputError("The train kernel or the targets hold NaN or infinite values.")
-    kernel = k_train_train.reshape(n * c, n * c).astype(np.float64)
-    eigenvalues, vectors = scipy.linalg.eigh((kernel + kernel.T) / 2)
-    top = max(float(eigenvalues[-1]), 0.0)
-    if eigenvalues[0] < -NOT_PSD_TOLERANCE * max(top, np.finfo(np.float64).tiny):
-        raise NotPositiveSemidefiniteError(
-            f"The train kernel has eigenvalue {eigenvalues[0]:.3g} beside the largest "
-            f"{top:.3g}; a kernel of gradients has none below zero. Check that rows and columns "
-            "are the same examples in the same order."
-        )
-    if resolution is None:
-        dtype = k_train_train.dtype if k_train_train.dtype.kind == "f" else np.float64
-        resolution = n * c * float(np.finfo(dtype).eps)
-    kept = eigenvalues > resolution * top
+    gram = decompose(k_train_train, targets, resolution)
     rhs = (targets - scaled_logits(f0, f0_scaling)).reshape(len(f0_scaling), n * c)
-    rotated = rhs @ vectors
-    sigma = np.asarray(ridge, dtype=np.float64) * top
-    shifted = np.clip(eigenvalues, 0.0, None)[None, :] + sigma[:, None]
-    usable = kept[None, :] | (sigma[:, None] > 0)
+    rotated = rhs @ gram.vectors
+    sigma = np.asarray(ridge, dtype=np.float64) * gram.top
+    shifted = np.clip(gram.eigenvalues, 0.0, None)[None, :] + sigma[:, None]
+    usable = gram.kept[None, :] | (sigma[:, None] > 0)
     inverse = np.divide(1.0, shifted, out=np.zeros_like(shifted), where=usable & (shifted > 0))
-    alpha = (rotated[:, None, :] * inverse[None]) @ vectors.T
+    alpha = (rotated[:, None, :] * inverse[None]) @ gram.vectors.T
     missed = np.linalg.norm(rotated[:, None, :] * (inverse == 0)[None], axis=-1)
     size = np.linalg.norm(rotated, axis=-1)[:, None]
     smallest = np.where(usable, shifted, np.inf).min(axis=1)
@@ -147,37 +125,8 @@ def solve_ridge(
         ridge=tuple(ridge),
         f0_scaling=tuple(f0_scaling),
         alpha=alpha.reshape(len(f0_scaling), len(sigma), n, c),
-        eigenvalues=eigenvalues,
+        eigenvalues=gram.eigenvalues,
         residual=np.divide(missed, size, out=np.zeros_like(missed), where=size > 0),
-        condition_number=(top + sigma) / np.where(np.isfinite(smallest), smallest, np.nan),
-        num_dropped=int((~kept).sum()),
+        condition_number=(gram.top + sigma) / np.where(np.isfinite(smallest), smallest, np.nan),
+        num_dropped=gram.num_dropped,
     )
-
-
-def scaled_logits(
-    f0: Float[np.ndarray, "n c"] | None, f0_scaling: Sequence[float]
-) -> Float[np.ndarray, "s n c"]:
-    """The offset f0 / s of each scaling; zero for s = inf.
-
-    Args:
-        f0: initial logits.
-        f0_scaling: divisors.
-
-    Returns:
-        One offset per scaling, broadcastable (s, 1, 1) where no logits enter.
-
-    Raises:
-        InputError: if a finite scaling has no logits to scale.
-    """
-    scalings = np.asarray(f0_scaling, dtype=np.float64)
-    if f0 is None:
-        if np.isfinite(scalings).any():
-            raise InputError("A finite f0_scaling needs the initial logits f0; none were given.")
-        return np.zeros((len(scalings), 1, 1))
-    return np.stack([np.zeros_like(f0) if np.isinf(s) else f0 / s for s in scalings])
-
-
-def one_hot(labels: Int[np.ndarray, " n"], num_labels: int) -> Float[np.ndarray, "n c"]:
-    """Targets 1 at the label and 0 elsewhere, not centred (Malladi et al. 2023, appendix A.3)."""
-    targets: Float[np.ndarray, "n c"] = np.eye(num_labels)[labels]
-    return targets

@@ -4,8 +4,9 @@
 
 By linearity J(x) w = Σ_j K(x, x_j) α_j, in the sum over the chosen layer groups: one ordinary
 backward pass over train for each worker, and one forward-mode product over every batch of test,
-whatever the number of outputs. As with blocks, the same row block gives the same bits in every
-worker of the same configuration.
+whatever the number of outputs. For asigngd, whose columns are signs, w = sign(J(train))ᵀ α, which
+takes every train example's gradient, once. As with blocks, the same row block gives the same bits
+in every worker of the same configuration.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ from raykernel.compute.worker import (
 )
 from raykernel.config import Json
 from raykernel.errors import RunError
+from raykernel.ntk import signs
+from raykernel.ntk.capture import Tracer
 from raykernel.ntk.groups import find_groups
 from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import product_bytes, tangents, weighted_gradient
+from raykernel.ntk.sign_product import sign_product_bytes, weighted_sign_gradient
 from raykernel.problem.probe import Head
 from raykernel.problem.prompts import collate
 from raykernel.store.blocks import Store
 from raykernel.store.predictions import Solution, is_predicted, write_prediction
+from raykernel.terms import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +149,18 @@ class Predictor:
 
     @cached_property
     def _direction(self) -> dict[str, Tensor]:
-        """The direction w = J(train)ᵀ α, kept for all row blocks."""
+        """The direction w of all train examples, kept for all row blocks."""
         alpha = torch.from_numpy(self._spec.alpha)
         batches = self._batches(range(len(alpha)))
-        found = weighted_gradient(self._problem.module, self._problem.readout, batches, alpha)
+        module, readout = self._problem.module, self._problem.readout
+        if self._has_signs:
+            # The kernel's own signs: another dead zone would be another kernel.
+            sign_of = signs.beyond(self._spec.worker.kernel.dead_zone)
+            found = weighted_sign_gradient(
+                module, readout, batches, alpha, sign_of=sign_of, max_bytes=memory.GRAM_BYTES
+            )
+        else:
+            found = weighted_gradient(module, readout, batches, alpha)
         memory.trim_heap()
         return found
 
@@ -157,7 +170,11 @@ class Predictor:
         ids = self._spec.worker.encoded.input_ids
         longest = max(range(len(ids)), key=lambda index: len(ids[index]))
         module, readout = self._problem.module, self._problem.readout
-        needed = product_bytes(module, readout, self._collate(range(longest, longest + 1)))
+        one = self._collate(range(longest, longest + 1))
+        if self._has_signs:
+            needed = sign_product_bytes(Tracer(module, readout, signs=True), one)
+        else:
+            needed = product_bytes(module, readout, one)
         weights = tensor_bytes([*module.parameters(), *module.buffers()])
         return memory.product_batch(weights, needed, self._spec.worker.compute)
 
@@ -168,6 +185,11 @@ class Predictor:
         return collate(self._spec.worker.encoded, examples, self._device)
 
     # ------------------------------------------------------------ facts
+
+    @property
+    def _has_signs(self) -> bool:
+        """Whether train enters by the signs of its gradients."""
+        return self._spec.solution.kind == Kind.asigngd.value
 
     @property
     def _device(self) -> str:

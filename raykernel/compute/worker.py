@@ -44,13 +44,14 @@ from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.ntk.project import join
 from raykernel.ntk.rates import Rates, rates_of
+from raykernel.ntk.sign_product import sign_product_bytes
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem, set_matmul_precision
 from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
-from raykernel.terms import Precision
+from raykernel.terms import Kind, Precision
 
 
 @dataclass(frozen=True)
@@ -472,6 +473,8 @@ class Worker:
         return PackedBytes(whole=sum(by_group.values()), segment=max(segments))
 
     def _product_bytes(self, batch: dict[str, torch.Tensor]) -> ProductBytes:
+        if Kind.asigngd in self._spec.kernel.kinds:
+            return sign_product_bytes(self._tracer, batch)
         return product_bytes(self._problem.module, self._problem.readout, batch)
 
     @cached_property

@@ -19,6 +19,7 @@ from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.factors import Part, summed_rows
 from raykernel.ntk.passes import check_outputs, paired, selected_parameters, zeros_like
+from raykernel.ntk.product import ProductBytes, product_bytes
 
 Sign = Callable[[Tensor], Tensor]
 """Elementwise, on gradients (r, p) of some coordinates; it gives -1, 0 or 1, and 0 for 0."""
@@ -68,6 +69,27 @@ def weighted_sign_gradient(
         for name, parts in _by_parameter(capture).items():
             _add_signs(total[name], parts, own, sign_of(parts), max_bytes)
     return total
+
+
+def sign_product_bytes(tracer: Tracer, batch: Batch) -> ProductBytes:
+    """Memory of `weighted_sign_gradient` and of the products with what it returns.
+
+    Beside what `product_bytes` counts: the check of a capture against autograd, which holds all
+    gradients twice, and of every example the factors of all layers at once.
+
+    Args:
+        tracer: of the model, with signs.
+        batch: one example, as long as the longest.
+
+    Returns:
+        The bytes.
+    """
+    plain = product_bytes(tracer.model, tracer.readout, batch)
+    selected = selected_parameters(tracer.model).values()
+    return ProductBytes(
+        fixed=plain.fixed + sum(p.numel() * p.element_size() for p in selected),
+        example=max(plain.example, tracer.bytes_per_example(batch)),
+    )
 
 
 def _by_parameter(capture: Capture) -> dict[str, list[Part]]:

@@ -8,8 +8,8 @@ sign 0 where it is small against what its terms would give if they did not cance
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int, Int8, UInt8
@@ -38,6 +38,20 @@ def threshold(parts: Sequence[Part], dead_zone: float) -> Float[Tensor, "nc 1"]:
 def signs(gradient: Float[Tensor, "r p"], limit: Float[Tensor, "r 1"]) -> Float[Tensor, "r p"]:
     """-1, 0 or 1 by coordinate, in the gradient's type; 0 up to the limit."""
     return ternary(gradient, limit).to(gradient.dtype)
+
+
+def beyond(
+    dead_zone: float,
+) -> Callable[[Sequence[Part]], Callable[[Float[Tensor, "r p"]], Float[Tensor, "r p"]]]:
+    """The signs of kernels with this dead zone, for one parameter after the other.
+
+    Args:
+        dead_zone: relative to `magnitude`.
+
+    Returns:
+        From every use of a parameter in a batch, the sign function of its gradients.
+    """
+    return lambda parts: partial(signs, limit=threshold(parts, dead_zone))
 
 
 def ternary(gradient: Float[Tensor, "r p"], limit: Float[Tensor, "r 1"]) -> Int8[Tensor, "r p"]:

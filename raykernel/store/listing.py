@@ -69,8 +69,11 @@ _PREDICTIONS = pa.schema(
         ("task", pa.string()),
         ("model", pa.string()),
         ("kind", pa.string()),
+        ("solved_by", pa.string()),
         ("ridge", pa.float64()),
         ("f0_scaling", pa.float64()),
+        ("gamma", pa.float64()),
+        ("c", pa.float64()),
         ("num_groups", pa.int64()),
         ("example", pa.int64()),
         ("fitted", pa.list_(pa.float64())),  # K(x, train) α: the outputs without f0(x) / s
@@ -156,13 +159,16 @@ def _predictions(store: Store) -> pa.Table:
 def _prediction_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
     for path in sorted(handle.path.glob(PREDICTION_GLOB)):
         file = arrowfile.read(path, check=True)
-        solution = solution_of(file.header)
+        solution = solution_of(path, file.header)
         of = {
             "fingerprint": handle.fingerprint,
             **_names(handle),
             "kind": solution.kind,
-            "ridge": solution.ridge,
-            "f0_scaling": solution.f0_scaling,
+            "solved_by": solution.point.solver.value,
+            "ridge": solution.point.ridge,
+            "f0_scaling": solution.point.f0_scaling,
+            "gamma": solution.point.gamma,
+            "c": solution.point.c,
             "num_groups": len(solution.groups),
         }
         for row in file.table.to_pylist():

@@ -2,23 +2,25 @@
 
     kernels/<fingerprint>/prediction-<key>-<iiii>.arrow
 
-One file per row block and per dual solution α. α is the kernel's, the groups', the ridge's and the
-scaling's alone, so that these name it; the outputs are this product plus f0(x) / s.
+One file per row block and per dual solution α. α is the kernel's, the groups' and the solver's grid
+point's alone, so that these name it; the outputs are this product plus f0(x) / s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from raykernel.config import Json, fingerprint, plain
+from raykernel.config import GridPoint, Json, fingerprint, plain
 from raykernel.errors import BlockCorruptError, KernelIncompleteError
 from raykernel.store import arrowfile, blockfile
 from raykernel.store.kernels import KernelHandle
+from raykernel.terms import Solver
 
 PREDICTION_GLOB = "prediction-*.arrow"
 
@@ -30,8 +32,8 @@ class Solution:
     kind: str
     groups: tuple[str, ...]
     """Layer groups that are summed, cross groups included, in stored order."""
-    ridge: float
-    f0_scaling: float
+    point: GridPoint
+    """Solver and settings."""
 
     @property
     def key(self) -> str:
@@ -43,20 +45,29 @@ class Solution:
         return f"prediction-{self.key}-{i:04d}.arrow"
 
 
-def solution_of(header: Mapping[str, Any]) -> Solution:
+def solution_of(path: Path, header: Mapping[str, Any]) -> Solution:
     """The solution that a file says it is of.
 
     Args:
-        header: the file's.
+        path: the file.
+        header: its own.
 
     Returns:
         The solution.
 
     Raises:
-        LookupError: if the header is another kind of file's.
+        BlockCorruptError: if the header is another kind of file's.
     """
-    groups, ridge, f0_scaling = (header[key] for key in ("groups", "ridge", "f0_scaling"))
-    return Solution(header["kind"], tuple(groups), float(ridge), float(f0_scaling))
+    try:
+        of = header["point"]
+        gamma, c = (None if of[name] is None else float(of[name]) for name in ("gamma", "c"))
+        # Infinities are text in JSON.
+        point = GridPoint(
+            Solver[of["solver"]], float(of["ridge"]), float(of["f0_scaling"]), gamma, c
+        )
+        return Solution(header["kind"], tuple(header["groups"]), point)
+    except (LookupError, TypeError, ValueError) as error:
+        raise BlockCorruptError(arrowfile.damage(path, f"no prediction: {error}")) from error
 
 
 def write_prediction(
@@ -108,8 +119,9 @@ def read_prediction(handle: KernelHandle, solution: Solution, i: int) -> Float[n
     """
     name, rows = solution.file_name(i), handle.grid.row_block(i)
     header, table = handle.read_own(name, i, rows)
+    of = solution_of(handle.path / name, header)
     try:
-        of, fitted = solution_of(header), arrowfile.values(table["fitted"])
+        fitted = arrowfile.values(table["fitted"])
     except LookupError as error:
         raise BlockCorruptError(
             arrowfile.damage(handle.path / name, f"no prediction: {error}")

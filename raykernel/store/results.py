@@ -57,9 +57,15 @@ TABLES = {
                 ("linear_probe", pa.float64()),
                 ("kernel_regression", pa.float64()),
                 ("test_by", pa.string()),  # how test was predicted: tangent (J w) or block
-                ("dev", pa.float64()),  # of the ridge and scaling selected
+                ("dev", pa.float64()),  # of the grid point selected, whose settings follow
+                ("solved_by", pa.string()),  # ridge, logistic or asymmetric
                 ("ridge", pa.float64()),
                 ("f0_scaling", pa.float64()),
+                ("gamma", pa.float64()),  # of the asymmetric solver, as c
+                ("c", pa.float64()),
+                ("iterations", pa.int64()),
+                ("residual", pa.float64()),
+                ("condition_number", pa.float64()),
                 ("groups", _TEXTS),  # patterns; empty: all
                 ("blocks_total", pa.int64()),
                 ("blocks_computed", pa.int64()),  # by this run; the others were stored

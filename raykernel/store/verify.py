@@ -154,10 +154,7 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
 
 
 def _check_prediction(handle: KernelHandle, file: Path, i: int) -> None:
-    try:
-        solution = solution_of(read_header(file))
-    except (LookupError, TypeError, ValueError) as error:
-        raise BlockCorruptError(damage(file, f"no prediction: {error}")) from error
+    solution = solution_of(file, read_header(file))
     if solution.file_name(i) != file.name:
         raise BlockCorruptError(damage(file, f"it is of {solution.file_name(i)}"))
     read_prediction(handle, solution, i)

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from raykernel.analysis.regression import SplitData, judge, score, select
-from raykernel.analysis.ridge import one_hot, solve_ridge
-from raykernel.errors import InputError
-from raykernel.terms import Metric
+from raykernel.analysis.regression import SplitData, fits_of, judge, score, select
+from raykernel.analysis.ridge import solve_ridge
+from raykernel.analysis.targets import one_hot
+from raykernel.config import SolverConfig
+from raykernel.errors import InputError, RunError
+from raykernel.terms import Metric, Solver
 
 
 def splits(seed: int = 0, n: int = 12, c: int = 2, p: int = 30):
@@ -28,9 +30,9 @@ def splits(seed: int = 0, n: int = 12, c: int = 2, p: int = 30):
 def test_the_selected_point_is_the_first_best_on_dev_and_its_test_score_is_reported():
     train, dev, test = splits()
     ridge, scaling = [0.0, 1e-2, 1.0], [10.0, math.inf]
-    metric = Metric.accuracy
-    selection = select(train, dev, ridge=ridge, f0_scaling=scaling, metric=metric)
-    outputs = selection.solution.predict(test.k, test.f0)[0, 0]
+    metric, settings = Metric.accuracy, SolverConfig(ridge=ridge, f0_scaling=scaling)
+    selection = select(train, dev, settings, solver=Solver.ridge, metric=metric)
+    outputs = selection.fit.predict(test.k, test.f0)
     result = judge(selection, outputs, f0=test.f0, labels=test.labels, metric=metric)
     best = (-1.0, None)
     for s in scaling:
@@ -41,9 +43,53 @@ def test_the_selected_point_is_the_first_best_on_dev_and_its_test_score_is_repor
             if dev_score > best[0]:
                 test_score = np.mean(one.predict(test.k, test.f0)[0, 0].argmax(1) == test.labels)
                 best = (dev_score, (s, r, test_score))
-    assert (result.f0_scaling, result.ridge, result.test_score) == best[1]
+    assert (result.point.f0_scaling, result.point.ridge, result.test_score) == best[1]
     assert result.dev_score == best[0]
     assert result.zero_shot == np.mean(test.f0.argmax(1) == test.labels)
+
+
+def asymmetric_splits():
+    """The same problem with the signs of train's gradients, and the kernel seen from train."""
+    rng = np.random.default_rng(1)
+    jacobians = rng.normal(size=(36, 2, 30))
+    labels = (jacobians @ rng.normal(size=30)).argmax(axis=1)
+    signs, logits = np.sign(jacobians), rng.normal(size=(36, 2))
+    k = np.einsum("iap,jbp->iajb", jacobians, signs[:12])
+    flipped = np.einsum("iap,jbp->iajb", signs, jacobians[:12])
+    whole = SplitData(k, logits, labels, flipped)
+    return [whole.part(range(at, at + 12)) for at in (0, 12, 24)]
+
+
+@pytest.mark.parametrize("solver", list(Solver))
+def test_every_solver_gives_the_first_best_point_of_its_grid(solver):
+    train, dev, _ = asymmetric_splits() if solver is Solver.asymmetric else splits(3)
+    settings = SolverConfig(ridge=[0.01, 0.1], gamma=[1e-3, 0.1], c=[1.0, 0.2])
+    selection = select(train, dev, settings, solver=solver, metric=Metric.accuracy)
+    fits = list(fits_of(train, settings, solver))
+    assert len(fits) == selection.num_points == (40 if solver is Solver.asymmetric else 10)
+    assert len({fit.point for fit in fits}) == len(fits)
+    scores = [
+        np.mean(fit.predict(dev.k, dev.f0, dev.k_flipped).argmax(1) == dev.labels) for fit in fits
+    ]
+    best = fits[int(np.argmax(scores))]
+    assert (selection.fit.point, selection.dev_score) == (best.point, max(scores))
+    assert selection.fit.point.solver is solver
+
+
+def test_points_without_a_solution_are_left_out_and_all_of_them_an_error():
+    train, dev, _ = asymmetric_splits()
+    values = np.linalg.svd(train.k.reshape(24, 24), compute_uv=False)
+    singular = [float(1 / values[0]), float(1 / values[5])]
+
+    def chosen(gamma):
+        settings = SolverConfig(ridge=[0.0], gamma=gamma, f0_scaling=[10.0, math.inf])
+        return select(train, dev, settings, solver=Solver.asymmetric, metric=Metric.accuracy)
+
+    selection = chosen([*singular, 0.5])
+    assert selection.fit.point.gamma == 0.5
+    assert (len(selection.excluded), selection.num_points) == (4, 6)
+    with pytest.raises(RunError, match=r"all 4 grid points .* singular value .*solver\.gamma"):
+        chosen(singular)
 
 
 def test_metrics_by_their_formulas():

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from raykernel.analysis.ridge import one_hot, solve_ridge
+from raykernel.analysis.ridge import solve_ridge
+from raykernel.analysis.targets import one_hot
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
 
 RIDGE = [0.0, 1e-3, 1e-2, 0.1, 1.0]

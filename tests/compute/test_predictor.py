@@ -17,16 +17,18 @@ import pytest
 from raykernel.compute.executor import InlineExecutor
 from raykernel.compute.memory import GIB, PROCESS_BYTES, chunk_sizes, product_batch
 from raykernel.compute.predictor import PredictionReceipt, PredictionSpec
-from raykernel.config import ComputeConfig, ModelConfig
+from raykernel.config import ComputeConfig, GridPoint, ModelConfig
 from raykernel.errors import InputError, RunError
 from raykernel.ntk.product import ProductBytes
 from raykernel.store.groups import halved_ties, select_groups
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
-from raykernel.terms import Precision
+from raykernel.terms import Kind, Precision, Solver
 from tests.compute.test_memory import FOOTPRINT, MIB, ROOT
 from tests.compute.tiny_problem import handle_of, make_spec, save_model
 
 ALPHA = np.random.default_rng(0).standard_normal((6, 2))
+F64 = Precision.float64
+POINT = GridPoint(Solver.ridge, 0.1, math.inf)
 EMBEDDINGS = "roberta.embeddings.word_embeddings"
 
 
@@ -36,14 +38,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 def spec_of(
-    folder: Path, model: ModelConfig, *, groups: list[str] | None = None, **options: object
+    folder: Path,
+    model: ModelConfig,
+    *,
+    groups: list[str] | None = None,
+    kind: Kind = Kind.sgd,
+    dead_zone: float = 1e-5,
+    **options: object,
 ) -> PredictionSpec:
     """Predictions of five test examples in a kernel whose blocks are stored."""
     worker = make_spec(folder, model, **options)  # type: ignore[arg-type]
+    kernel = dataclasses.replace(worker.kernel, kinds=[kind], dead_zone=dead_zone)
+    worker = dataclasses.replace(worker, kernel=kernel)
     handle = handle_of(worker)
     list(InlineExecutor().run(worker.blocks, handle.missing()))
-    chosen = tuple(select_groups(handle.groups(), groups=groups))
-    return PredictionSpec(worker, Solution("sgd", chosen, 0.1, math.inf), ALPHA)
+    chosen = tuple(select_groups(handle.groups(kind.value), groups=groups))
+    return PredictionSpec(worker, Solution(kind.value, chosen, POINT), ALPHA)
 
 
 def missing(spec: PredictionSpec) -> list[int]:
@@ -64,7 +74,8 @@ def fitted(spec: PredictionSpec) -> np.ndarray:
 def through_the_kernel(spec: PredictionSpec) -> np.ndarray:
     """K(test, train) α of the stored blocks."""
     handle = handle_of(spec.worker)
-    k = handle.kernel(list(spec.solution.groups), rows=handle.grid.test)
+    of = spec.solution
+    k = handle.kernel(list(of.groups), kind=of.kind, rows=handle.grid.test)
     return np.einsum("iajb,jb->ia", k, ALPHA)
 
 
@@ -72,6 +83,7 @@ LAYER = [r"layer\.1\."]
 ALL_BUT_TIED = [r"layer\.", "LayerNorm", "lm_head.dense", "position"]
 
 
+@pytest.mark.parametrize("kind", [Kind.sgd, Kind.asigngd])
 @pytest.mark.parametrize("groups", [None, LAYER, ALL_BUT_TIED, [EMBEDDINGS, r"decoder$"]])
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [(Precision.float64, 1e-9), (Precision.float32, 1e-4)]
@@ -79,15 +91,32 @@ ALL_BUT_TIED = [r"layer\.", "LayerNorm", "lm_head.dense", "position"]
 def test_predictions_are_those_of_the_kernel(
     tmp_path: Path,
     model: ModelConfig,
+    kind: Kind,
     groups: list[str] | None,
     precision: Precision,
     tolerance: float,
 ) -> None:
-    spec = spec_of(tmp_path, model, groups=groups, precision=precision, batch_size=2)
+    spec = spec_of(tmp_path, model, groups=groups, kind=kind, precision=precision, batch_size=2)
     predict(spec)
     expected = through_the_kernel(spec)
     # Rounding: of sums over all parameters, in another order.
     np.testing.assert_allclose(fitted(spec), expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_the_signs_of_predictions_have_the_kernels_dead_zone(
+    tmp_path: Path, model: ModelConfig
+) -> None:
+    """A wide one strikes out half of all signs, and the same ones on both ways."""
+    narrow, wide = (
+        spec_of(tmp_path / name, model, kind=Kind.asigngd, dead_zone=dead_zone, precision=F64)
+        for name, dead_zone in (("narrow", 1e-5), ("wide", 0.1))
+    )
+    for spec in (narrow, wide):
+        predict(spec)
+        expected = through_the_kernel(spec)
+        np.testing.assert_allclose(fitted(spec), expected, atol=1e-9 * np.abs(expected).max())
+    change = np.abs(fitted(wide) - fitted(narrow)).max()
+    assert change > 0.01 * np.abs(fitted(narrow)).max()
 
 
 def test_some_uses_of_a_tied_parameter_are_refused(tmp_path: Path, model: ModelConfig) -> None:
@@ -169,16 +198,16 @@ from pathlib import Path
 import numpy as np
 from raykernel.compute import memory
 from raykernel.compute.predictor import PredictionSpec
-from raykernel.config import ModelConfig
+from raykernel.config import GridPoint, ModelConfig
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
-from raykernel.terms import Architecture
+from raykernel.terms import Architecture, Solver
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 limits, length, memory_gb = json.loads(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 if any(limits):  # they count addresses, which a heap keeps although it gives back their memory
     memory.keep_heap_ready = lambda: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 alpha = np.random.default_rng(0).standard_normal((8, 2))
-solution = Solution("sgd", tuple(json.loads(sys.argv[6])), 0.1, math.inf)
+solution = Solution("sgd", tuple(json.loads(sys.argv[6])), GridPoint(Solver.ridge, 0.1, math.inf))
 results = []
 for limit in limits:
     folder = Path(sys.argv[1], str(limit))

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raykernel.config import Json
+from raykernel.config import GridPoint, Json
 from raykernel.store.blocks import KernelHandle, Store
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.predictions import Solution, write_prediction
+from raykernel.terms import Solver
 
 GROUPS = ["embeddings", "layer.0.query", "layer.1.query", "head", "cross(embeddings, head)"]
-SOLUTION = Solution("sgd", tuple(GROUPS), ridge=0.01, f0_scaling=math.inf)
+SOLUTION = Solution("sgd", tuple(GROUPS), GridPoint(Solver.ridge, 0.01, math.inf))
 IDENTITY: dict[str, Json] = {
     "task": {"name": "sst2", "k": 16, "seed": 13},
     "model": {"name": "tiny"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raykernel.config import GridPoint
 from raykernel.errors import BlockCorruptError, KernelIncompleteError
 from raykernel.store import arrowfile
 from raykernel.store.blocks import Store
@@ -18,9 +19,11 @@ from raykernel.store.predictions import (
     missing_predictions,
     read_prediction,
     read_predictions,
+    solution_of,
     write_prediction,
 )
 from raykernel.store.verify import verify
+from raykernel.terms import Solver
 from tests.store import stores
 
 GRID = Grid(num_cols=4, num_rows=11, block_size=2, num_dev=2)
@@ -51,9 +54,20 @@ def test_predictions_come_back_to_the_bit(handle: stores.KernelHandle) -> None:
         write_prediction(handle, SOLUTION, 4, np.zeros((1, 2)))
 
 
+def at(**changes: object) -> dict[str, object]:
+    return {"point": dataclasses.replace(SOLUTION.point, **changes)}  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "signgd"}, {"groups": ("head",)}, {"ridge": 0.1}, {"f0_scaling": 10.0}],
+    [
+        {"kind": "signgd"},
+        {"groups": ("head",)},
+        at(ridge=0.1),
+        at(f0_scaling=10.0),
+        at(solver=Solver.logistic),
+        at(solver=Solver.asymmetric, gamma=0.1, c=1.0),
+    ],
 )
 def test_every_solution_has_files_of_its_own(
     handle: stores.KernelHandle, change: dict[str, object]
@@ -62,6 +76,8 @@ def test_every_solution_has_files_of_its_own(
     assert missing_predictions(handle, other, GRID.test) == [3, 4, 5]
     write_prediction(handle, other, 3, np.zeros((2, 2)))
     assert missing_predictions(handle, other, GRID.test) == [4, 5]
+    path = handle.path / other.file_name(3)
+    assert solution_of(path, arrowfile.read_header(path)) == other
     assert read_prediction(handle, SOLUTION, 3).any()
     assert verify(handle.path.parents[1]).ok
 
@@ -88,7 +104,9 @@ def other_row_block(path: Path) -> None:
 
 def other_solution(path: Path) -> None:
     file = arrowfile.read(path, check=True)
-    arrowfile.write(path, file.table, {**file.header, "ridge": 0.5})
+    arrowfile.write(
+        path, file.table, {**file.header, "point": {**file.header["point"], "ridge": 0.5}}
+    )
 
 
 def logits(path: Path) -> None:
@@ -123,5 +141,5 @@ def test_a_prediction_of_no_row_block_is_bad(handle: stores.KernelHandle) -> Non
 
 def test_names_do_not_depend_on_the_process() -> None:
     """A golden name: another one would compute every stored prediction again."""
-    solution = Solution("sgd", ("a", "cross(a, b)"), 0.01, math.inf)
-    assert solution.file_name(12) == "prediction-03ae628372b1bfd9-0012.arrow"
+    solution = Solution("sgd", ("a", "cross(a, b)"), GridPoint(Solver.ridge, 0.01, math.inf))
+    assert solution.file_name(12) == "prediction-4914c5353499a6bf-0012.arrow"
