@@ -56,6 +56,8 @@ class WorkerSpec:
     num_labels: int
     store_path: str
     fingerprint: str
+    trial: str | None = None
+    """Fine-tuning run whose weights the model has; None: θ_PT."""
 
     def blocks(self) -> Callable[[Cell], Receipt]:
         """In a worker's process: the function that computes cells."""
