@@ -29,6 +29,7 @@ commands that run a configuration (arguments are Hydra overrides; try --help, --
   doctor    checks environment and problem before a run
   kernel    completes the kernel blocks, solves kernel regression, predicts test, prints and
             stores the results
+  behavior  fine-tunes, and says whether that behaves like its kernel
 
 commands over a store (try --help):
   query     SQL over the result store
@@ -112,7 +113,7 @@ def run_all(command: str, arguments: list[str]) -> int:
     """Compose the configurations of a command line and run each; one failure stops no other.
 
     Args:
-        command: plan, doctor or kernel.
+        command: one that runs a configuration.
         arguments: Hydra overrides and flags.
 
     Returns:
@@ -174,6 +175,13 @@ def run_kernel(run: ComposedRun, screen: Screen) -> None:
     show_outcome(kernel(run.config, run.overrides, screen), screen)
 
 
+def run_behavior(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel behavior`."""
+    from raykernel.behavior import behavior, show_behavior
+
+    show_behavior(behavior(run.config, run.overrides, screen), screen)
+
+
 def store_option(parser: argparse.ArgumentParser) -> None:
     """Add `--store`, by default the configured path."""
     parser.add_argument(
@@ -232,5 +240,6 @@ RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
     "plan": run_plan,
     "doctor": run_doctor,
     "kernel": run_kernel,
+    "behavior": run_behavior,
 }
 TOOLS: dict[str, Callable[[list[str]], int]] = {"query": tool_query, "verify": tool_verify}

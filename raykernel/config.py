@@ -424,6 +424,31 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class BehaviorConfig:
+    """When fine-tuning counts as behaving like its kernel (Malladi et al. 2023, Table 1)."""
+
+    solves: float = 0.9
+    """Part of fine-tuning's metric that kernel regression has to reach."""
+    linearization: float = 0.5
+    """Part of fine-tuning's gain that the linearised model has to reach."""
+    fixed_features: float = 2.0
+    """Mean relative distance of the kernels before and after that must not be reached."""
+    metric: Metric = Metric.accuracy
+    """Of linearization: the paper takes accuracy there for every task (Table 5)."""
+    near_zero: float = 0.01
+    """Kernel entries up to this part of their root mean square are shown apart; no threshold."""
+    test_limit: int | None = None
+    """Test examples whose kernel is compared, in whole row blocks spread over test; null: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("solves", "linearization", "fixed_features"):
+            require(getattr(self, name) > 0, f"behavior.{name}", getattr(self, name), "more than 0")
+        require(self.near_zero >= 0, "behavior.near_zero", self.near_zero, "at least 0")
+        limit = self.test_limit
+        require(limit is None or limit >= 1, "behavior.test_limit", limit, "at least 1, or null")
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and with what resources blocks are computed; never part of a kernel's identity."""
 
@@ -480,6 +505,7 @@ class RunConfig:
     kernel: KernelConfig = field(default_factory=KernelConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 

@@ -18,6 +18,7 @@ import scipy.special
 from jaxtyping import Float, Int
 
 from raykernel.analysis.ridge import one_hot
+from raykernel.terms import Loss
 
 SOLVES = 0.9
 """Part of fine-tuning's metric that the kernel has to reach (Malladi et al. 2023, Table 1)."""
@@ -250,26 +251,34 @@ def centred_alignment(k1: Float[np.ndarray, "m c n c"], k2: Float[np.ndarray, "m
 
 
 def output_derivatives(
-    logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+    logits: Float[np.ndarray, "n c"],
+    labels: Int[np.ndarray, " n"],
+    loss: Loss = Loss.cross_entropy,
 ) -> Float[np.ndarray, "n c"]:
-    """Output derivatives χ of the cross-entropy.
+    """Output derivatives χ of a loss.
 
         χ[i, a] = ∂ℓ(f(x_i), y_i) / ∂f_a = softmax(f(x_i))[a] − 1[a = y_i]
 
+    for the cross-entropy, as in the paper, and f_a(x_i) − 1[a = y_i] for the squared loss.
+
     Their mean absolute value over a data set, examples and outputs alike, is the number of
     Table 8, which shrinks with the width of a model for which a task is natural (Definition 5.3).
-    Of two outputs both have the same absolute value, 1 minus the probability of the label.
+    Of two outputs both have the same absolute value, 1 minus the probability of the label; the
+    paper's table has two-label tasks only.
     Reference: Malladi et al. 2023, Definition 3.1 and appendix B.1.
 
     Args:
         logits: of the model.
         labels: right outputs.
+        loss: which.
 
     Returns:
         The derivatives.
     """
-    probabilities = scipy.special.softmax(logits.astype(np.float64), axis=1)
-    found: Float[np.ndarray, "n c"] = probabilities - one_hot(labels, logits.shape[1])
+    outputs = logits.astype(np.float64)
+    if loss is Loss.cross_entropy:
+        outputs = scipy.special.softmax(outputs, axis=1)
+    found: Float[np.ndarray, "n c"] = outputs - one_hot(labels, logits.shape[1])
     return found
 
 

@@ -7,6 +7,8 @@
       block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
       prediction-<key>-<iiii>.arrow
                                  K(x, train) α of a row block of test (predictions.py)
+      linearized-<iiii>.arrow    J(x) (θ_FT − θ_PT) of a row block of test (linearized.py), in the
+                                 kernel of fine-tuned weights, whose logits are at these
       head.arrow                 linear head, where there is one
       rates.json, precision.json, projection.json
                                  what the first worker measured, see `pin`

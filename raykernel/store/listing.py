@@ -6,6 +6,7 @@ examples   a row per example of every kernel
 groups     a row per (kernel, kind, layer group), with the trace of K(train, train)
 predictions
            a row per (kernel, solution, test example) that was predicted without its kernel
+behavior   a row per verdict: (kernel, fine-tuning run, solver settings, criteria)
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ def _kernels(store: Store) -> pa.Table:
     return store.results("kernels")
 
 
+def _behavior(store: Store) -> pa.Table:
+    return store.results("behavior")
+
+
 def _blocks(store: Store) -> pa.Table:
     rows = [row for handle in _handles(store) for row in _block_rows(handle)]
     table = pa.Table.from_pylist(rows, schema=_BLOCKS.set(16, pa.field("created", pa.string())))
@@ -180,5 +185,6 @@ TABLES = {
     "examples": Listing(_EXAMPLES, _examples),
     "groups": Listing(_GROUPS, _groups),
     "predictions": Listing(_PREDICTIONS, _predictions),
+    "behavior": Listing(RESULT_TABLES["behavior"].schema, _behavior),
 }
 """By name, as SQL knows them."""

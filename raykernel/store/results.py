@@ -75,6 +75,53 @@ TABLES = {
         key=("fingerprint", "kind", "solver"),
         folder="kernels/{fingerprint}",
     ),
+    "behavior": ResultTable(
+        pa.schema(
+            [
+                ("fingerprint", pa.string()),  # of the kernel at the pre-trained weights
+                ("trial", pa.string()),  # the fine-tuning run
+                ("solver", pa.string()),  # canonical JSON of the solver settings
+                ("criteria", pa.string()),  # canonical JSON of thresholds and sample
+                ("task", pa.string()),
+                ("model", pa.string()),
+                ("prompt", pa.string()),
+                ("k", pa.int64()),
+                ("seed", pa.int64()),
+                ("optimizer", pa.string()),
+                ("solves", pa.bool_()),  # null: undefined, as in the next three
+                ("linearization", pa.bool_()),
+                ("fixed_features", pa.bool_()),
+                ("kernel_behavior", pa.bool_()),  # all three
+                ("reasons", pa.string()),  # JSON: criterion → one clause
+                ("kind", pa.string()),  # of kernel regression: the best one for the optimizer
+                ("metric", pa.string()),  # of the next two, on test
+                ("kernel_regression", pa.float64()),
+                ("finetuned", pa.float64()),
+                ("linearization_metric", pa.string()),  # of the next three, on test
+                ("pretrained_score", pa.float64()),
+                ("linearized_score", pa.float64()),
+                ("finetuned_score", pa.float64()),
+                ("taylor_error", pa.float64()),  # ‖f_FT − f_lin‖ / ‖f_FT − f_PT‖ on test
+                ("compared_kind", pa.string()),  # of the kernels before and after
+                ("num_compared", pa.int64()),  # test examples of the compared block
+                ("mean_relative_distance", pa.float64()),  # null: undefined, as in all distances
+                ("mean_apart", pa.float64()),  # the same without near-zero denominators
+                ("median_relative_distance", pa.float64()),
+                ("frobenius_distance", pa.float64()),
+                ("cka", pa.float64()),  # centred kernel alignment
+                ("near_zero_share", pa.float64()),  # of the entries before fine-tuning
+                ("zero_share", pa.float64()),
+                ("chi_pretrained", pa.float64()),  # mean |output derivative| on test
+                ("chi_finetuned", pa.float64()),
+                ("tuned_fingerprint", pa.string()),  # of the kernel at the trial's weights
+                ("path", pa.string()),
+                ("created", _TIME),
+                ("overrides", _TEXTS),
+            ]
+        ),
+        key=("fingerprint", "trial", "solver", "criteria"),
+        folder="behavior",
+    ),
 }
 
 

@@ -15,11 +15,13 @@ from raykernel.store.blockfile import Names
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import stale_temporaries
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import TABLES, read_row_file
 
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
+_LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
 _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
 
@@ -137,12 +139,15 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
         except IndexError as error:
             raise BlockCorruptError(damage(file, str(error))) from error
         return handle.read_block(cell).names
-    if match := _LOGITS.fullmatch(file.name) or _PREDICTION.fullmatch(file.name):
+    by_row = (_LOGITS, _LINEARIZED, _PREDICTION)
+    if match := next(filter(None, (pattern.fullmatch(file.name) for pattern in by_row)), None):
         i = int(match[1])
         if i >= grid.num_row_blocks:
             raise BlockCorruptError(damage(file, f"the grid has {grid.num_row_blocks} row blocks"))
         if match.re is _LOGITS:
             handle.read_logits(i)
+        elif match.re is _LINEARIZED:
+            read_linearized(handle, i)
         else:
             _check_prediction(handle, file, i)
     elif file.name == "examples.arrow":

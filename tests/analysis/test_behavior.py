@@ -20,6 +20,8 @@ from raykernel.analysis.behavior import (
     taylor_error,
     verdict,
 )
+from raykernel.terms import Loss
+from raykernel.training.finetune import objective
 
 RNG = np.random.default_rng(0)
 
@@ -223,12 +225,14 @@ def test_alignment_ignores_scale_and_offset() -> None:
 # ---------------------------------------------------------------- outputs
 
 
-def test_output_derivatives_are_those_of_the_cross_entropy() -> None:
+@pytest.mark.parametrize("loss", Loss)
+def test_output_derivatives_are_those_of_the_loss_that_is_minimised(loss: Loss) -> None:
     logits, labels = RNG.normal(size=(5, 3)), RNG.integers(0, 3, 5)
     outputs = torch.tensor(logits, requires_grad=True)
-    loss = torch.nn.functional.cross_entropy(outputs, torch.tensor(labels), reduction="sum")
-    (expected,) = torch.autograd.grad(loss, outputs)
-    np.testing.assert_allclose(output_derivatives(logits, labels), expected.numpy(), atol=1e-12)
+    value = objective(outputs, torch.tensor(labels), loss, reduction="sum")
+    (expected,) = torch.autograd.grad(value, outputs)
+    found = output_derivatives(logits, labels, loss)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-12)
 
 
 def test_two_outputs_have_one_minus_the_probability_of_the_label() -> None:
