@@ -41,6 +41,7 @@ from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import linearized_changes, missing_linearized
+from raykernel.trials import run_trial
 from raykernel.terms import Kind, Metric, Optimizer, PromptStyle, Split
 
 ANALOGS = {
@@ -181,7 +182,8 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         # Before regression, which then predicts test in the same way whenever it is repeated.
         complete_cells(prepared, handle, cells, executor=executor, screen=screen)
         kernels = solve(prepared, handle, executor, screen).results
-        trial = fine_tune(prepared, handle, executor, screen)
+        screen.say("Fine-tuning")
+        trial = run_trial(config, overrides, screen).trial
         tuned = at_trial(prepared, trial, compared)
         after = begin_tuned(tuned, handle)
         follow(tuned, after, executor, screen)

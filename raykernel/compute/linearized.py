@@ -75,7 +75,7 @@ class Linearizer:
         start = dataclasses.replace(spec, trial=None)
         self._problem = load(start, None if head is None else Head(*head))
         device = self._spec.compute.device
-        tuned = trial_weights(self._handle, spec)
+        tuned = trial_weights(spec.store_path, spec.trial)
         self._tuned = {name: value.to(device) for name, value in tuned.items()}
         self._halved = 0
 

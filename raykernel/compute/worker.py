@@ -26,6 +26,7 @@ from raykernel.compute import memory, sketches
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.compute.sketches import Work
+from raykernel.compute.weights import assign, trial_weights
 from raykernel.config import ComputeConfig, Json, KernelConfig, ModelConfig, ParametersConfig
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.ntk import contract
@@ -94,7 +95,7 @@ Side = Capture | SignedCapture
 
 
 class Worker:
-    """A model at θ_0 in a process of its own, and the cells that it computes.
+    """A model in a process of its own, at θ_0 or a trial's weights, and the cells it computes.
 
     Args:
         spec: what to compute.
@@ -515,7 +516,7 @@ def settle_torch(compute: ComputeConfig) -> None:
 
 
 def load(spec: WorkerSpec, head: Head | None) -> Problem:
-    """The problem of a worker; without a head, one that features can be read from."""
+    """The problem of a worker, with its trial's weights; without a head, to read features from."""
     problem = load_problem(
         spec.model,
         spec.parameters,
@@ -530,6 +531,8 @@ def load(spec: WorkerSpec, head: Head | None) -> Problem:
         # small. Features do not depend on it, and no block is computed with it.
         for parameter in problem.module.get_submodule("classifier").parameters():
             parameter.data.fill_(1.0)
+    if spec.trial is not None:
+        assign(problem.module, trial_weights(spec.store_path, spec.trial))
     return problem
 
 
