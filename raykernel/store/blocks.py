@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -239,6 +240,10 @@ class Store:
     def has_result(self, table: str, row: dict[str, object]) -> bool:
         """Whether a row with the same key is stored."""
         return results.result_path(self.path, table, row).exists()
+
+    def rows(self, table: str, **key: object) -> list[dict[str, Any]]:
+        """Rows of one key of a result table, see `results.read_key`."""
+        return results.read_key(self.path, table, key)
 
     def results(self, table: str) -> pa.Table:
         """All rows of a result table, see `results.read_results`."""

@@ -112,8 +112,7 @@ TABLES = {
                 ("distance", pa.float64()),  # their Euclidean distance from the start
                 ("seconds", pa.float64()),  # of training and evaluation
                 ("peak_memory_bytes", pa.int64()),
-                ("weights", pa.string()),  # file of the best parameters, below the store
-                ("weights_checksum", pa.string()),  # xxh3 of that file
+                ("weights_checksum", pa.string()),  # xxh3 of best.safetensors; null: not kept
                 ("path", pa.string()),  # of the trial, below the store
                 ("created", _TIME),
                 ("versions", pa.string()),  # JSON: package → version
@@ -277,6 +276,24 @@ def read_results(root: Path, table: str) -> pa.Table:
     if not rows:
         return spec.schema.empty_table()
     return pa.concat_tables(rows).sort_by([(name, "ascending") for name in spec.order])
+
+
+def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one key.
+
+    Args:
+        root: folder of the store.
+        table: name of the table.
+        key: value by key column.
+
+    Returns:
+        Value by column; none if no such row is stored.
+    """
+    path = result_path(root, table, key)
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = read_row_file(path, _spec(table).schema).to_pylist()
+    return rows
 
 
 def result_files(root: Path, table: str) -> list[Path]:
