@@ -29,8 +29,8 @@ from raykernel.analysis.behavior import (
     verdict,
 )
 from raykernel.analysis.regression import RegressionResult, score
-from raykernel.compute.linearized import LinearizedSpec
 from raykernel.compute.executor import Executor
+from raykernel.compute.linearized import LinearizedSpec
 from raykernel.config import RunConfig, canonical_json, require
 from raykernel.console import Screen
 from raykernel.jobs import LateExecutor, run_jobs
@@ -41,8 +41,8 @@ from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import linearized_changes, missing_linearized
-from raykernel.trials import run_trial
 from raykernel.terms import Kind, Metric, Optimizer, PromptStyle, Split
+from raykernel.trials import complete_trial
 
 ANALOGS = {
     Optimizer.sgd: [Kind.sgd],
@@ -128,7 +128,7 @@ class Behavior:
                 self.kernels[self.best].test_score, self.finetuned_score, fraction=criteria.solves
             ),
             linearization(*scores, fraction=criteria.linearization),
-            fixed_features(self.distance.mean_relative, threshold=criteria.fixed_features),
+            fixed_features(self.distance, threshold=criteria.fixed_features),
         )
 
 
@@ -173,22 +173,16 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         Measurements and verdict.
     """
     prepared = prepare(settled(config), screen)
-    config, compared = prepared.config, compared_kind(prepared.config)
+    config = prepared.config
     handle = open_kernel(prepared)
     cells = compared_cells(handle.grid, config.behavior.test_limit)
-    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
-        screen.say("Kernel before fine-tuning")
-        done = complete(prepared, handle, executor, screen)
-        # Before regression, which then predicts test in the same way whenever it is repeated.
-        complete_cells(prepared, handle, cells, executor=executor, screen=screen)
-        kernels = solve(prepared, handle, executor, screen).results
-        screen.say("Fine-tuning")
-        trial = run_trial(config, overrides, screen).trial
-        tuned = at_trial(prepared, trial, compared)
-        after = begin_tuned(tuned, handle)
-        follow(tuned, after, executor, screen)
-        screen.say("Kernel after fine-tuning")
-        complete_cells(tuned, after, cells, executor=executor, screen=screen)
+    kernels = kernel_before(prepared, handle, cells, screen)
+    # Training starts an executor of its own, so that none may be open beside it.
+    screen.say("Fine-tuning")
+    trial = complete_trial(prepared, overrides, screen).trial
+    tuned = at_trial(prepared, trial, compared_kind(config))
+    after = begin_tuned(tuned, handle)
+    kernel_after(tuned, after, cells, screen)
     outputs = read_outputs(prepared, handle, after)
     found = Behavior(
         prepared=prepared,
@@ -196,7 +190,7 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         kernels=kernels,
         outputs=outputs,
         distance=distance(handle, after, cells, config=config),
-        compared=compared,
+        compared=compared_kind(config),
         num_compared=len({i for cell in cells for i in cell.rows}),
         tuned_fingerprint=after.fingerprint,
     )
@@ -231,6 +225,28 @@ def compared_cells(grid: Grid, limit: int | None) -> list[Cell]:
         blocks = [blocks[number * len(blocks) // count] for number in range(count)]
     chosen = set(blocks)
     return [cell for cell in grid.cells(grid.test) if cell.i in chosen]
+
+
+def kernel_before(
+    prepared: Prepared, handle: KernelHandle, cells: Sequence[Cell], screen: Screen
+) -> dict[Kind, RegressionResult]:
+    """Complete the kernel at θ_PT and solve kernel regression with it.
+
+    Args:
+        prepared: the problem.
+        handle: its kernel.
+        cells: blocks of test with train that are to be compared.
+        screen: where progress is shown.
+
+    Returns:
+        Scores by kind.
+    """
+    screen.say("Kernel before fine-tuning")
+    with contextlib.closing(LateExecutor(prepared.config.compute, screen)) as executor:
+        complete(prepared, handle, executor, screen)
+        # Before regression, which then predicts test in the same way whenever it is repeated.
+        complete_cells(prepared, handle, cells, executor=executor, screen=screen)
+        return solve(prepared, handle, executor, screen).results
 
 
 def at_trial(prepared: Prepared, trial: str, kind: Kind) -> Prepared:
@@ -269,7 +285,24 @@ def begin_tuned(tuned: Prepared, before: KernelHandle) -> KernelHandle:
     return handle
 
 
-def follow(tuned: Prepared, handle: KernelHandle, executor: Executor, screen: Screen) -> None:
+def kernel_after(
+    tuned: Prepared, handle: KernelHandle, cells: Sequence[Cell], screen: Screen
+) -> None:
+    """Complete the linearised and fine-tuned outputs of test, and the blocks at θ_FT.
+
+    Args:
+        tuned: the problem at θ_FT.
+        handle: its kernel.
+        cells: blocks of test with train that are to be compared.
+        screen: where progress is shown.
+    """
+    screen.say("Linearised model, and kernel after fine-tuning")
+    with contextlib.closing(LateExecutor(tuned.config.compute, screen)) as executor:
+        linearize(tuned, handle, executor, screen)
+        complete_cells(tuned, handle, cells, executor=executor, screen=screen)
+
+
+def linearize(tuned: Prepared, handle: KernelHandle, executor: Executor, screen: Screen) -> None:
     """Complete the linearised outputs of test and those of the fine-tuned model.
 
     Args:
@@ -283,13 +316,10 @@ def follow(tuned: Prepared, handle: KernelHandle, executor: Executor, screen: Sc
     if not missing:
         screen.say(f"All {len(test)} test examples are linearised: computing 0.")
         return
-    spec = LinearizedSpec(worker_spec(tuned))
+    make = LinearizedSpec(worker_spec(tuned)).row_blocks
     sizes = [len(handle.grid.row_block(i)) for i in missing]
-    halved = 0
-    name = "linearised test outputs"
-    for receipt in run_jobs(
-        executor, spec.row_blocks, missing, screen=screen, name=name, sizes=sizes
-    ):
+    name, halved = "linearised test outputs", 0
+    for receipt in run_jobs(executor, make, missing, screen=screen, name=name, sizes=sizes):
         halved = max(halved, receipt.halved)
     if halved:
         screen.say(
@@ -454,7 +484,7 @@ def show_behavior(found: Behavior, screen: Screen) -> None:
             ["relative Frobenius", _shown(moved.frobenius)],
             ["centred kernel alignment (1: equal up to scale)", _shown(moved.cka)],
             [f"share of {near}", _shown(moved.near_zero_share)],
-            ["share of entries that are 0 (in no mean)", _shown(moved.zero_share)],
+            ["share of entries that are zero (in no mean)", _shown(moved.zero_share)],
         ],
         title=f"Are features fixed? Kernels ({found.compared.value}) before and after, "
         f"{found.num_compared} test x {len(splits[Split.train])} train examples, all outputs",

@@ -65,7 +65,21 @@ def run_trial(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> 
     Raises:
         RunError: if loss or gradient stop being finite; nothing is stored then.
     """
-    prepared = prepare(config, screen)
+    return complete_trial(prepare(config, screen), overrides, screen)
+
+
+def complete_trial(prepared: Prepared, overrides: tuple[str, ...], screen: Screen) -> TrialOutcome:
+    """The same for a run whose input is read.
+
+    Args:
+        prepared: the run.
+        overrides: the command line that made it, kept with the result.
+        screen: where progress is shown.
+
+    Returns:
+        Its rows and where its parameters are.
+    """
+    config = prepared.config
     training = config.training.resolved(k=config.task.k, num_labels=len(prepared.data.labels))
     identity = trial_identity(prepared, training)
     trial, store = fingerprint(identity), Store(config.store.path)

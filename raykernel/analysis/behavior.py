@@ -27,8 +27,10 @@ LINEARIZATION = 0.5
 FIXED_FEATURES = 2.0
 """Mean relative distance of the kernels that must not be reached (Table 1)."""
 NEAR_ZERO = 0.01
-"""Denominators below this part of K_PT's root mean square count as near zero; ours, the paper
-says nothing of them."""
+"""Denominators up to this part of K_PT's root mean square count as near zero; ours, the paper says
+nothing of them."""
+ZERO = 1e-6
+"""Denominators up to this part are zero: a float32 sum has no more digits."""
 
 _TIE = 1e-9
 # Scores are quotients of small integers that do hit a threshold: rounding must not decide.
@@ -64,7 +66,7 @@ class KernelDistance:
     """How far fine-tuning moved a kernel, in several ways; NaN where one is undefined."""
 
     mean_relative: float
-    """Mean of |K_FT − K_PT| / |K_PT| over all entries but those of K_PT that are exactly 0."""
+    """Mean of |K_FT − K_PT| / |K_PT| over all entries of K_PT that are not zero."""
     mean_apart: float
     """The same mean without the near-zero denominators."""
     median_relative: float
@@ -74,9 +76,9 @@ class KernelDistance:
     cka: float
     """Centred kernel alignment, 1 for kernels that are equal up to scale."""
     near_zero_share: float
-    """Part of the entries whose denominator is near zero, exact zeros included."""
+    """Part of the entries whose denominator is near zero, zeros included."""
     zero_share: float
-    """Part of the entries whose denominator is exactly 0: no relative distance is defined."""
+    """Part of the entries whose denominator is zero: they have no relative distance."""
 
 
 def solves(kernel: float, finetuned: float, *, fraction: float = SOLVES) -> Criterion:
@@ -136,26 +138,28 @@ def linearization(
     )
 
 
-def fixed_features(distance: float, *, threshold: float = FIXED_FEATURES) -> Criterion:
+def fixed_features(distance: KernelDistance, *, threshold: float = FIXED_FEATURES) -> Criterion:
     """Whether the kernel stayed near enough: mean relative distance < threshold.
 
     Undefined where no relative distance is (K_PT = 0, or NaN).
     Reference: Malladi et al. 2023, Tables 1 and 6.
 
     Args:
-        distance: `KernelDistance.mean_relative`.
+        distance: of the kernels.
         threshold: what counts as moved.
 
     Returns:
         The criterion.
     """
-    if math.isnan(distance):
+    mean, apart = distance.mean_relative, distance.mean_apart
+    if math.isnan(mean):
         return Criterion(None, "the kernel at the pre-trained weights is zero")
-    holds = distance < threshold
+    holds = mean < threshold
+    carried = f"; by {apart:.3g} without near-zero entries" if apart < threshold <= mean else ""
     return Criterion(
         holds,
-        f"the kernel moved by {distance:.3g} relative to itself "
-        f"({_wanted(f'less than {threshold:g}', holds)})",
+        f"the kernel moved by {mean:.3g} relative to itself "
+        f"({_wanted(f'less than {threshold:g}', holds)}{carried})",
     )
 
 
@@ -188,6 +192,7 @@ def kernel_distance(
     after: Float[np.ndarray, "m c n c"],
     *,
     near_zero: float = NEAR_ZERO,
+    zero: float = ZERO,
 ) -> KernelDistance:
     """How far a kernel moved.
 
@@ -196,8 +201,9 @@ def kernel_distance(
     is the paper's number, all pairs of outputs included. A few entries that happen to be near zero
     can carry it (one at 0.001 of the others' size weighs as a thousand of them), so it stands
     beside the same mean without them, the median, and two distances that divide by no entry.
-    Entries of K_PT that are exactly 0 (a head's kernel of two different outputs) have no relative
-    distance and enter neither mean nor median.
+    Entries of K_PT that are zero but for rounding have no relative distance and enter neither
+    means nor median: with a linear head whose weights are small, half the entries are, those of
+    two different outputs.
     Reference: Malladi et al. 2023, Table 6; which pairs, and what of small denominators, is left
     open there.
 
@@ -205,14 +211,15 @@ def kernel_distance(
         before: K_PT.
         after: K_FT of the same pairs.
         near_zero: denominators up to this part of K_PT's root mean square are near zero.
+        zero: denominators up to this part are zero.
 
     Returns:
         The distances.
     """
     old, new = (k.astype(np.float64) for k in (before, after))
     size = np.abs(old)
-    defined = size > 0
-    small = size <= near_zero * math.sqrt(float(np.mean(old**2))) if size.size else ~defined
+    scale = math.sqrt(float(np.mean(old**2)))
+    defined, small = size > zero * scale, size <= near_zero * scale
     moved = np.abs(new - old)
     relative = moved[defined] / size[defined]
     apart = relative[~small[defined]]

@@ -203,8 +203,7 @@ def _num_missing(store: Store) -> int:
     count = 0
     for name in store.fingerprints():
         try:
-            handle = store.open(name)
-            count += len(handle.missing(handle.rows_begun()))
+            count += len(store.open(name).missing_begun())
         except InputError:  # its manifest is among the bad files
             continue
     return count

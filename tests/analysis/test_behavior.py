@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from raykernel.analysis.behavior import (
     Criterion,
+    KernelDistance,
     centred_alignment,
     fixed_features,
     kernel_distance,
@@ -29,6 +31,11 @@ RNG = np.random.default_rng(0)
 def gram(n: int, c: int) -> np.ndarray:
     features = RNG.normal(size=(n * c, 7)) + 1.0
     return (features @ features.T).reshape(n, c, n, c)
+
+
+def moved(by: float) -> KernelDistance:
+    """A kernel whose entries all moved so far."""
+    return KernelDistance(by, by, by, by, 1.0, 0.0, 0.0)
 
 
 # ---------------------------------------------------------------- the criteria
@@ -72,14 +79,14 @@ def test_linearised_model_has_half_of_the_gain(
 
 
 def test_features_are_fixed_below_two() -> None:
-    found = [fixed_features(distance).holds for distance in (0.39, 1.999, 2.0, 9.63, math.nan)]
+    found = [fixed_features(moved(by)).holds for by in (0.39, 1.999, 2.0, 9.63, math.nan)]
     assert found == [True, True, False, False, None]
 
 
 def test_thresholds_are_arguments() -> None:
     assert solves(0.5, 1.0, fraction=0.5).holds
     assert not linearization(0.0, 0.5, 1.0, fraction=0.6).holds
-    assert not fixed_features(0.5, threshold=0.5).holds
+    assert not fixed_features(moved(0.5), threshold=0.5).holds
 
 
 def test_reasons_name_the_numbers_and_what_was_wanted() -> None:
@@ -87,7 +94,9 @@ def test_reasons_name_the_numbers_and_what_was_wanted() -> None:
         "kernel 0.400 is 50% of fine-tuning's 0.800 (wanted: at least 90%)"
     )
     assert "does not improve" in linearization(0.8, 0.9, 0.7).reason
-    assert "less than 2" in fixed_features(3.0).reason
+    assert "less than 2" in fixed_features(moved(3.0)).reason
+    carried = replace(moved(3.0), mean_apart=0.25)
+    assert "by 0.25 without near-zero entries" in fixed_features(carried).reason
 
 
 def test_verdict_is_the_conjunction_and_what_is_missed_decides() -> None:
@@ -105,7 +114,9 @@ def test_verdict_is_the_conjunction_and_what_is_missed_decides() -> None:
 
 def test_a_task_that_the_kernel_does_not_solve_shows_no_kernel_behavior() -> None:
     """SNLI, 16-shot, SGD in Table 1: two seeds have the other two properties, none behaves so."""
-    found = verdict(solves(0.578, 0.657), linearization(0.498, 0.6, 0.657), fixed_features(0.58))
+    found = verdict(
+        solves(0.578, 0.657), linearization(0.498, 0.6, 0.657), fixed_features(moved(0.58))
+    )
     assert [found.linearization.holds, found.fixed_features.holds] == [True, True]
     assert found.kernel_behavior.holds is False
 
@@ -170,8 +181,9 @@ def test_near_zero_denominators_carry_the_mean_and_are_shown_apart() -> None:
     assert kernel_distance(before, after, near_zero=1e-5).near_zero_share == 0
 
 
-def test_entries_that_are_zero_have_no_relative_distance() -> None:
-    before = np.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 2, 1, 2)
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_entries_that_are_zero_but_for_rounding_have_no_relative_distance(noise: float) -> None:
+    before = np.array([1.0, noise, -noise, 2.0]).reshape(1, 2, 1, 2)
     after = np.array([2.0, 0.0, 5.0, 2.0]).reshape(1, 2, 1, 2)
     found = kernel_distance(before, after)
     assert found.mean_relative == pytest.approx(0.5)
@@ -184,7 +196,7 @@ def test_a_kernel_that_is_zero_leaves_fixed_features_undefined() -> None:
     undefined = (found.mean_relative, found.median_relative, found.frobenius, found.cka)
     assert all(map(math.isnan, undefined))
     assert found.zero_share == 1
-    assert fixed_features(found.mean_relative).holds is None
+    assert fixed_features(found).holds is None
 
 
 # ---------------------------------------------------------------- alignment
