@@ -34,9 +34,9 @@ from raykernel.compute.linearized import LinearizedSpec
 from raykernel.config import RunConfig, canonical_json, require
 from raykernel.console import Screen
 from raykernel.jobs import LateExecutor, run_jobs
-from raykernel.pipeline import begin_kernel, complete, complete_cells, open_kernel
+from raykernel.pipeline import begin_kernel, complete_cells, open_kernel
 from raykernel.prepared import Prepared, example_labels, prepare, worker_spec
-from raykernel.regress import solve
+from raykernel.regress import solve, wanted_rows
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.kernels import KernelHandle
@@ -194,9 +194,7 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         num_compared=len({i for cell in cells for i in cell.rows}),
         tuned_fingerprint=after.fingerprint,
     )
-    store, row = Store(config.store.path), result_row(found, overrides)
-    if not store.has_result("behavior", row):
-        store.write_result("behavior", row)
+    Store(config.store.path).write_result("behavior", result_row(found, overrides))
     return found
 
 
@@ -222,7 +220,7 @@ def compared_cells(grid: Grid, limit: int | None) -> list[Cell]:
     blocks = grid.row_indices(grid.test)
     count = len(blocks) if limit is None else max(1, limit // grid.block_size)
     if count < len(blocks):
-        blocks = [blocks[number * len(blocks) // count] for number in range(count)]
+        blocks = [blocks[(2 * n + 1) * len(blocks) // (2 * count)] for n in range(count)]
     chosen = set(blocks)
     return [cell for cell in grid.cells(grid.test) if cell.i in chosen]
 
@@ -242,10 +240,12 @@ def kernel_before(
         Scores by kind.
     """
     screen.say("Kernel before fine-tuning")
-    with contextlib.closing(LateExecutor(prepared.config.compute, screen)) as executor:
-        complete(prepared, handle, executor, screen)
-        # Before regression, which then predicts test in the same way whenever it is repeated.
-        complete_cells(prepared, handle, cells, executor=executor, screen=screen)
+    config, grid = prepared.config, handle.grid
+    wanted = {*grid.cells(wanted_rows(config, grid)), *cells}
+    ordered = [cell for cell in grid.cells() if cell in wanted]
+    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
+        # All before regression, which then predicts test in the same way when it is repeated.
+        complete_cells(prepared, handle, ordered, executor=executor, screen=screen)
         return solve(prepared, handle, executor, screen).results
 
 
