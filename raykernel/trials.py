@@ -288,9 +288,9 @@ def show_trial(outcome: TrialOutcome, screen: Screen) -> None:
         f"learning rate {row['learning_rate']:g}, {row['num_parameters']:,} parameters, "
         f"{duration(row['seconds'])}, peak {size(row['peak_memory_bytes'])}. "
         + (
-            f"The best are in {outcome.files.weights}"
+            f"The best of them are in {outcome.files.weights}"
             if row["weights_checksum"]
-            else "None are kept"
+            else "None of them are kept"
         ),
         markup=False,
     )

@@ -76,14 +76,18 @@ def config_of(**changes: str | None) -> RunConfig:
     return run.config
 
 
-NO_PROMPT = {"prompt": "none", "prompt.template": None, "prompt.words": None}
+NO_PROMPT: dict[str, str | None] = {
+    "prompt": "none",
+    "prompt.template": None,
+    "prompt.words": None,
+}
+CHANGES = {"manual": {}, "none": NO_PROMPT}
 
 
-@pytest.fixture(scope="module", params=["prompt", "head"])
+@pytest.fixture(scope="module", params=list(CHANGES))
 def found(request: pytest.FixtureRequest, place: Path) -> Behavior:
     """One run with a prompt, one with a linear head."""
-    changes = NO_PROMPT if request.param == "head" else {}
-    return behavior(config_of(**changes), ("task=file",), Screen())
+    return behavior(config_of(**CHANGES[request.param]), ("task=file",), Screen())
 
 
 def handles(found: Behavior) -> tuple[KernelHandle, KernelHandle]:
@@ -202,15 +206,19 @@ def test_the_kernel_of_fine_tuned_weights_has_an_identity_of_its_own(found: Beha
     assert (report.ok, report.num_missing) == (True, 0)
 
 
-def test_a_second_run_computes_nothing(found: Behavior, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {file: file.stat().st_ino for file in Path("store/kernels").rglob("*.arrow")}
-    again = behavior(found.prepared.config, (), Screen())
-    assert {file: file.stat().st_ino for file in Path("store/kernels").rglob("*.arrow")} == files
-    said = capsys.readouterr().err
-    assert said.count("computing 0") == 3
-    assert "step 0" not in said
-    assert again.verdict == found.verdict
-    assert again.distance == found.distance
+def test_a_second_run_computes_nothing_and_says_the_same(
+    found: Behavior, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {file: file.stat().st_ino for file in Path("store").rglob("*.*t*")}
+    own = CHANGES[found.prepared.config.prompt.style.value]
+    assert main(["behavior", *arguments(**own)]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("computing 0") == 3
+    assert "step 0" not in said.err
+    again = {file: file.stat().st_ino for file in Path("store").rglob("*.*t*")}
+    assert {file.parent.name for file in files if files[file] != again[file]} == {"behavior"}
+    show_behavior(found, Screen())
+    assert capsys.readouterr().out == said.out
 
 
 def test_what_was_lost_is_computed_again_to_the_bit(
@@ -230,12 +238,32 @@ def test_what_was_lost_is_computed_again_to_the_bit(
     assert again.distance == found.distance
 
 
+def test_damaged_files_are_named_and_removed(found: Behavior) -> None:
+    _, after = handles(found)
+    (row,) = (
+        path
+        for path in Path("store/behavior").glob("*.parquet")
+        if found.trial.encode() in path.read_bytes()
+    )
+    names = [row, Path("store/kernels") / after.fingerprint / linearized_name(4)]
+    content = [path.read_bytes() for path in names]
+    for path, whole in zip(names, content, strict=True):
+        path.write_bytes(whole[: len(whole) // 2])
+    report = verify("store", remove=True)
+    assert {file.path.name for file in report.bad} == {path.name for path in names}
+    assert report.ok
+    assert not any(path.exists() for path in names)
+    for path, whole in zip(names, content, strict=True):
+        path.write_bytes(whole)
+    assert verify("store").bad == ()
+
+
 # ---------------------------------------------------------------- choices
 
 
-def test_kernel_of_the_same_problem_is_shared(place: Path) -> None:
+def test_kernel_of_the_same_problem_is_shared(found: Behavior) -> None:
     """The kernel before fine-tuning is `raykernel kernel`'s, whatever is trained with it."""
-    outcome = kernel(config_of(), (), Screen())
+    outcome = kernel(found.prepared.config, (), Screen())
     assert outcome.completion.blocks_computed == 0
 
 

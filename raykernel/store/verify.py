@@ -18,10 +18,12 @@ from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import TABLES, read_row_file
+from raykernel.store.trials import checksum
 
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
 _LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
+_TRIAL_TABLES = {"trial": "trials", "curve": "curves"}
 _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
 
@@ -39,6 +41,7 @@ class VerifyReport:
     """What a check of a store found."""
 
     num_kernels: int
+    num_trials: int
     num_files: int
     """Files checked."""
     bad: tuple[BadFile, ...]
@@ -63,8 +66,8 @@ class VerifyReport:
             for file in self.bad
         ]
         lines.append(
-            f"{self.num_files} files of {self.num_kernels} kernels checked: {len(self.bad)} bad, "
-            f"{len(self.leftovers)} old temporaries, {self.num_missing} blocks missing."
+            f"{self.num_files} files of {self.num_kernels} kernels and {self.num_trials} trials "
+            f"checked: {len(self.bad)} bad, {len(self.leftovers)} old temporaries, {self.num_missing} blocks missing."
         )
         if not self.ok:
             lines.append("`raykernel verify --remove` deletes what a run can compute again.")
@@ -87,18 +90,28 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
     store = open_store(path)
     num_files = 0
     bad: list[BadFile] = []
-    folders = sorted(folder for folder in (store.path / "kernels").glob("*") if folder.is_dir())
-    for folder in folders:
+    kernels, trials = (
+        sorted(folder for folder in (store.path / name).glob("*") if folder.is_dir())
+        for name in ("kernels", "trials")
+    )
+    verdicts = [folder for folder in [store.path / "behavior"] if folder.is_dir()]
+    checks = {
+        **dict.fromkeys(kernels, _problems),
+        **dict.fromkeys(trials, _trial_problems),
+        **dict.fromkeys(verdicts, _verdict_problems),
+    }
+    for folder, problems in checks.items():
         files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
         num_files += len(files)
-        for file, reason, replaceable in _problems(store, folder, files):
+        for file, reason, replaceable in problems(store, folder, files):
             if remove and replaceable:
                 file.unlink(missing_ok=True)
             bad.append(BadFile(file, reason, remove and replaceable))
     leftovers = tuple(stale_temporaries(store.path))
     for leftover in leftovers if remove else ():
         leftover.unlink(missing_ok=True)
-    return VerifyReport(len(folders), num_files, tuple(bad), leftovers, _num_missing(store))
+    missing = _num_missing(store)
+    return VerifyReport(len(kernels), len(trials), num_files, tuple(bad), leftovers, missing)
 
 
 def _problems(store: Store, folder: Path, files: list[Path]) -> Iterator[tuple[Path, str, bool]]:
@@ -177,6 +190,48 @@ def _check_other(handle: KernelHandle, file: Path) -> None:
         read_row_file(file, TABLES["kernels"].schema)
     elif file.name != manifest.NAME:
         raise InputError("no file of a store; move it elsewhere")
+
+
+def _trial_problems(
+    store: Store, folder: Path, files: list[Path]
+) -> Iterator[tuple[Path, str, bool]]:
+    """Bad files of one fine-tuning run, as `_problems` names them."""
+    of_trial = store.trial(folder.name)
+    known = (of_trial.checkpoint, of_trial.head, of_trial.weights, of_trial.adapter)
+    for file in files:
+        try:
+            if table := _TRIAL_TABLES.get(file.name.partition("-")[0]):
+                read_row_file(file, TABLES[table].schema)
+            elif file == of_trial.weights:
+                _check_weights(store, folder.name, file)
+            elif file not in known:
+                raise InputError("no file of a store; move it elsewhere")
+        except InputError as error:
+            yield file, _reason(error, file), _damaged(error)
+
+
+def _verdict_problems(
+    store: Store, folder: Path, files: list[Path]
+) -> Iterator[tuple[Path, str, bool]]:
+    """Bad files of the table `behavior`, as `_problems` names them."""
+    del store, folder
+    for file in files:
+        try:
+            if not file.match("result-*.parquet"):
+                raise InputError("no file of a store; move it elsewhere")
+            read_row_file(file, TABLES["behavior"].schema)
+        except InputError as error:
+            yield file, _reason(error, file), _damaged(error)
+
+
+def _check_weights(store: Store, trial: str, file: Path) -> None:
+    try:
+        rows = store.rows("trials", trial=trial)
+    except BlockCorruptError:  # among the bad files itself
+        return
+    for row in rows:
+        if row["weights_checksum"] != checksum(file):
+            raise BlockCorruptError(f"{file}: other content than its trial wrote")
 
 
 def _odd_groups(names_by_file: dict[Path, Names]) -> Iterator[tuple[Path, str, bool]]:

@@ -1,13 +1,13 @@
 """Tensors and facts in one safetensors file, so that they are of the same moment: no pickle.
 
-The facts are JSON in the file's header. Python writes a float so that it reads back the same.
+The facts are JSON in the file's header. Python writes a float so that it reads back the same. The
+format is written here, one tensor at a time: the library's own writer goes through a temporary of
+a name of its own, which a killed process leaves behind, and which only its owner can read.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raykernel.config import Json
@@ -26,6 +25,14 @@ from raykernel.store.commit import commit_written
 from raykernel.store.trials import TrialFiles
 
 _FACTS = "raykernel"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+"""As the format spells what parameters and optimisers are made of."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Json]) -> int:
@@ -39,22 +46,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     Returns:
         Bytes written.
     """
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    header = {_FACTS: json.dumps(facts, sort_keys=True)}
+    # Wide numbers first, so that all of them are aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {_FACTS: json.dumps(facts, sort_keys=True)}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        kind = _DTYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(whole, temporary, metadata=header)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        # The library lets nobody else read; whoever may read the folder may read its files.
-        temporary.chmod(path.parent.stat().st_mode & 0o666)
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                flat = tensor.detach().cpu().contiguous().flatten()
+                file.write(flat.view(torch.uint8).numpy().data)
 
-    num_bytes = sum(tensor.nbytes for tensor in whole.values())
-    return commit_written(path, write, num_bytes=num_bytes)
+    return commit_written(path, write, num_bytes=8 + len(text) + end)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
