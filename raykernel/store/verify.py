@@ -65,7 +65,8 @@ class VerifyReport:
         ]
         lines.append(
             f"{self.num_files} files of {self.num_kernels} kernels and {self.num_trials} trials "
-            f"checked: {len(self.bad)} bad, {len(self.leftovers)} old temporaries, {self.num_missing} blocks missing."
+            f"checked: {len(self.bad)} bad, {len(self.leftovers)} old temporaries, "
+            f"{self.num_missing} blocks missing."
         )
         if not self.ok:
             lines.append("`raykernel verify --remove` deletes what a run can compute again.")
