@@ -42,7 +42,7 @@ from raykernel.store.grid import Cell, Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import linearized_changes, missing_linearized
 from raykernel.terms import Kind, Metric, Optimizer, PromptStyle, Split
-from raykernel.trials import complete_trial
+from raykernel.trials import check_training, complete_trial
 
 ANALOGS = {
     Optimizer.sgd: [Kind.sgd],
@@ -153,11 +153,11 @@ def settled(config: RunConfig) -> RunConfig:
         "none, since fine-tuning trains all selected parameters. Select layers with "
         "parameters.layers_to_transform or parameters.include",
     )
+    check_training(config)
     analogs = ANALOGS[config.training.optimizer]
     kernel = config.kernel
-    if not any(kind in analogs for kind in kernel.solved_kinds):
-        both = replace(kernel, kinds=analogs)
-        kernel = replace(kernel, kinds=both.solved_kinds)
+    if not any(kind in analogs for kind in kernel.kinds):
+        kernel = replace(kernel, kinds=analogs)
     return replace(config, kernel=kernel, training=replace(config.training, keep_weights=True))
 
 
@@ -237,7 +237,7 @@ def kernel_before(
         screen: where progress is shown.
 
     Returns:
-        Scores by kind.
+        Scores by kind, of those that describe the optimizer.
     """
     screen.say("Kernel before fine-tuning")
     config, grid = prepared.config, handle.grid
@@ -246,7 +246,9 @@ def kernel_before(
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
         # All before regression, which then predicts test in the same way when it is repeated.
         complete_cells(prepared, handle, ordered, executor=executor, screen=screen)
-        return solve(prepared, handle, executor, screen).results
+        results = solve(prepared, handle, executor, screen).results
+    analogs = ANALOGS[config.training.optimizer]
+    return {kind: result for kind, result in results.items() if kind in analogs}
 
 
 def at_trial(prepared: Prepared, trial: str, kind: Kind) -> Prepared:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from raykernel.compute.executor import versions
-from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint
+from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
 from raykernel.console import Screen, duration, size
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.jobs import LateExecutor
 from raykernel.prepared import Prepared, example_labels, prepare
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
-from raykernel.terms import PromptStyle, Split
+from raykernel.terms import Precision, PromptStyle, Split
 from raykernel.training.checkpoint import read_facts
 from raykernel.training.finetune import Point
 from raykernel.training.trial import Result, TrialSpec
@@ -65,7 +65,22 @@ def run_trial(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> 
     Raises:
         RunError: if loss or gradient stop being finite; nothing is stored then.
     """
+    check_training(config)
     return complete_trial(prepare(config, screen), overrides, screen)
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse what cannot be trained, before anything is computed.
+
+    Args:
+        config: the run.
+    """
+    require(
+        config.training.precision is not Precision.tf32 or config.compute.device != "cpu",
+        "training.precision",
+        "tf32",
+        "float32, because only CUDA devices have tf32. Set training.precision=float32",
+    )
 
 
 def complete_trial(prepared: Prepared, overrides: tuple[str, ...], screen: Screen) -> TrialOutcome:

@@ -271,10 +271,10 @@ def test_signs_describe_adam_and_a_sample_is_spread_over_test(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"training": "adam", "training.learning_rate": "0.01", "behavior.test_limit": "6"}
+    changes["kernel.kinds"] = "[sgd,signgd]"
     found = behavior(config_of(**changes, kernel__precision=None), (), Screen())
     assert found.compared is Kind.signgd
-    assert Kind.signgd in found.kernels
-    assert Kind.sgd not in found.kernels
+    assert set(found.kernels) == {Kind.signgd}  # sgd was computed, but says nothing of Adam
     _, after = handles(found)
     assert after.kinds() == ["signgd"]
     assert found.num_compared == 4  # two of three row blocks, the last of one example
@@ -290,6 +290,7 @@ def test_kinds_that_the_user_chose_stay_if_one_describes_the_optimizer() -> None
     assert chosen.kernel.kinds == [Kind.sgd, Kind.signgd]
     replaced = settled(config_of(training="sgd", kernel__kinds="[signgd]"))
     assert replaced.kernel.kinds == [Kind.sgd]
+    assert settled(config_of(training="adam")).kernel.kinds == [Kind.signgd, Kind.asigngd]
     assert settled(config_of(training__keep_weights="false")).training.keep_weights
 
 
@@ -311,6 +312,7 @@ def test_compared_row_blocks_are_spread_evenly(limit: int | None, blocks: list[i
         ({"behavior.solves": "0"}, "behavior.solves"),
         ({"behavior.test_limit": "0"}, "behavior.test_limit"),
         ({"behavior.metric": "f2"}, "f1"),
+        ({"training.precision": "tf32"}, "training.precision"),
     ],
 )
 def test_wrong_input_is_said_before_anything_is_computed(
