@@ -45,6 +45,8 @@ def store(tmp_path: Path) -> Store:
     store.write_result("kernels", row(handle.fingerprint))
     store.write_result("trials", {"trial": "t", "finetuned": 0.9})
     store.write_results("curves", [{"trial": "t", "step": step} for step in (10, 0)])
+    verdict = {"fingerprint": handle.fingerprint, "trial": "t", "solver": "{}", "criteria": "{}"}
+    store.write_result("behavior", verdict | {"solves": True})
     return store
 
 
