@@ -29,6 +29,9 @@ commands that run a configuration (arguments are Hydra overrides; try --help, --
   doctor    checks environment and problem before a run
   kernel    completes the kernel blocks, solves kernel regression, predicts test, prints and
             stores the results
+  finetune  fine-tunes the same problem, keeps the parameters that are best on dev, prints and
+            stores the results
+  behavior  fine-tunes, and says whether that behaves like its kernel
 
 commands over a store (try --help):
   query     SQL over the result store
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("Interrupted. Finished blocks are kept: the same command goes on.", file=sys.stderr)
+        print("Interrupted. What is finished is kept: the same command goes on.", file=sys.stderr)
         return 130
     except RaykernelError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -112,7 +115,7 @@ def run_all(command: str, arguments: list[str]) -> int:
     """Compose the configurations of a command line and run each; one failure stops no other.
 
     Args:
-        command: plan, doctor or kernel.
+        command: a key of `RUNS`.
         arguments: Hydra overrides and flags.
 
     Returns:
@@ -174,6 +177,20 @@ def run_kernel(run: ComposedRun, screen: Screen) -> None:
     show_outcome(kernel(run.config, run.overrides, screen), screen)
 
 
+def run_finetune(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel finetune`."""
+    from raykernel.trials import run_trial, show_trial
+
+    show_trial(run_trial(run.config, run.overrides, screen), screen)
+
+
+def run_behavior(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel behavior`."""
+    from raykernel.behavior import behavior, show_behavior
+
+    show_behavior(behavior(run.config, run.overrides, screen), screen)
+
+
 def store_option(parser: argparse.ArgumentParser) -> None:
     """Add `--store`, by default the configured path."""
     parser.add_argument(
@@ -232,5 +249,7 @@ RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
     "plan": run_plan,
     "doctor": run_doctor,
     "kernel": run_kernel,
+    "finetune": run_finetune,
+    "behavior": run_behavior,
 }
 TOOLS: dict[str, Callable[[list[str]], int]] = {"query": tool_query, "verify": tool_verify}

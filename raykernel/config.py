@@ -23,13 +23,16 @@ from raykernel.terms import (
     Architecture,
     ExecutorName,
     Kind,
+    Loss,
     Method,
     Metric,
     ModelSource,
+    Optimizer,
     Pooling,
     Precision,
     Projection,
     PromptStyle,
+    Schedule,
     Solver,
     Source,
     Truncation,
@@ -379,6 +382,112 @@ class GridPoint:
 
 
 @dataclass(frozen=True)
+class TrainingConfig:
+    """One fine-tuning run; the grids are in Table 4 of Malladi et al. 2023."""
+
+    optimizer: Optimizer = Optimizer.sgd
+    """sgd, adam, adamw, signgd."""
+    learning_rate: float = 1e-3
+    """η of the first step."""
+    schedule: Schedule = Schedule.linear
+    """linear: down to zero, without warm-up; constant."""
+    batch_size: int = 4
+    """Examples of one step; compute.batch_size bounds those of one forward pass."""
+    steps: int | None = None
+    """Steps; null: 32 k C, with k examples of each of C labels."""
+    eval_every: int | None = None
+    """Steps between evaluations on dev, of which the best is kept; null: 4 k C."""
+    max_grad_norm: float | None = 1.0
+    """Longer gradients are scaled to this norm, as in the paper's code; null: never."""
+    loss: Loss = Loss.cross_entropy
+    """cross_entropy of the logits, or squared to one-hot labels."""
+    dropout: bool = True
+    """Train with the model's own dropout; evaluation never has any."""
+    weight_decay: float = 0.0
+    """Pull of the parameters to zero: of adamw a step of its own, else part of the gradient."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of Adam's two moments."""
+    eps: float = 1e-8
+    """Adam's ε."""
+    seed: int = 0
+    """Seed of the order of examples and of dropout."""
+    precision: Precision = Precision.float32
+    """float32, float64, tf32; bfloat16 computes under autocast and keeps parameters in float32."""
+    keep_weights: bool = True
+    """Keep the best parameters in the store, which comparisons with the kernel need."""
+
+    def __post_init__(self) -> None:
+        key = "training."
+        require(self.learning_rate > 0, f"{key}learning_rate", self.learning_rate, "more than 0")
+        require(self.batch_size >= 1, f"{key}batch_size", self.batch_size, "at least 1")
+        for name in ("steps", "eval_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, key + name, value, "at least 1, or null")
+        norm = self.max_grad_norm
+        require(norm is None or norm > 0, f"{key}max_grad_norm", norm, "more than 0, or null")
+        require(self.weight_decay >= 0, f"{key}weight_decay", self.weight_decay, "at least 0")
+        two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(two, f"{key}betas", self.betas, "two numbers from 0 to below 1")
+        require(self.eps > 0, f"{key}eps", self.eps, "more than 0")
+        for name, default in (("betas", [0.9, 0.999]), ("eps", 1e-8)):
+            require(
+                self.optimizer.is_adaptive or getattr(self, name) == default,
+                key + name,
+                getattr(self, name),
+                f"{default}, for {self.optimizer.value} has none. Set training.optimizer=adam, or "
+                "leave it out",
+            )
+
+    def resolved(self, *, k: int, num_labels: int) -> TrainingConfig:
+        """The same with numbers of steps where they follow from the task.
+
+        Reference: Malladi et al. 2023, appendix A: 32 k C steps, dev every 4 k C.
+
+        Args:
+            k: examples per label.
+            num_labels: C.
+
+        Returns:
+            A configuration without nulls in `steps` and `eval_every`.
+        """
+        steps = self.steps or 32 * k * num_labels
+        eval_every = self.eval_every or 4 * k * num_labels
+        return dataclasses.replace(self, steps=steps, eval_every=min(eval_every, steps))
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What decides the numbers, and not what is kept of them."""
+        settings = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        del settings["keep_weights"]
+        return settings
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    """When fine-tuning counts as behaving like its kernel (Malladi et al. 2023, Table 1)."""
+
+    solves: float = 0.9
+    """Part of fine-tuning's metric that kernel regression has to reach."""
+    linearization: float = 0.5
+    """Part of fine-tuning's gain that the linearised model has to reach."""
+    fixed_features: float = 2.0
+    """Mean relative distance of the kernels before and after that must not be reached."""
+    metric: Metric = Metric.accuracy
+    """Of linearization: the paper takes accuracy there for every task (Table 5)."""
+    near_zero: float = 0.01
+    """Kernel entries up to this part of their root mean square are shown apart; no threshold."""
+    test_limit: int | None = None
+    """Test examples whose kernel is compared, in whole row blocks spread over test; null: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("solves", "linearization", "fixed_features"):
+            require(getattr(self, name) > 0, f"behavior.{name}", getattr(self, name), "more than 0")
+        require(self.near_zero >= 0, "behavior.near_zero", self.near_zero, "at least 0")
+        limit = self.test_limit
+        require(limit is None or limit >= 1, "behavior.test_limit", limit, "at least 1, or null")
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and with what resources blocks are computed; never part of a kernel's identity."""
 
@@ -434,6 +543,8 @@ class RunConfig:
     parameters: ParametersConfig = field(default_factory=ParametersConfig)
     kernel: KernelConfig = field(default_factory=KernelConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from raykernel.prepared import Prepared, example_labels, example_table, prepare,
 from raykernel.problem.probe import fit_head
 from raykernel.regress import Regression, solve, split_ties, wanted_rows
 from raykernel.store.blocks import Store
+from raykernel.store.grid import Cell
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
 from raykernel.terms import Kind, PredictedBy, PromptStyle, Solver, Split
@@ -210,8 +212,32 @@ def complete_rows(
     Returns:
         How many blocks these rows have and what the new ones cost.
     """
-    missing = handle.missing(rows)
-    total = len(prepared.grid.cells(rows))
+    cells = prepared.grid.cells(rows)
+    return complete_cells(prepared, handle, cells, executor=executor, screen=screen)
+
+
+def complete_cells(
+    prepared: Prepared,
+    handle: KernelHandle,
+    cells: Sequence[Cell],
+    *,
+    executor: Executor,
+    screen: Screen,
+) -> Completion:
+    """Compute the blocks of some cells that are missing.
+
+    Args:
+        prepared: the run.
+        handle: its kernel.
+        cells: those wanted.
+        executor: where.
+        screen: where progress is shown.
+
+    Returns:
+        How many these are and what the new ones cost.
+    """
+    absent, total = set(handle.missing()), len(cells)
+    missing = [cell for cell in cells if cell in absent]
     if not missing:
         screen.say(f"All {total} blocks are stored: computing 0 blocks.")
         return Completion(total, 0, 0.0, 0)

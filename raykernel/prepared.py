@@ -41,6 +41,12 @@ class Prepared:
         """Name of the kernel in the store."""
         return fingerprint(self.identity)
 
+    @property
+    def trial(self) -> str | None:
+        """Fine-tuning run whose weights the model has; None: θ_PT."""
+        trial = self.identity.get("trial")
+        return trial if isinstance(trial, str) else None
+
 
 def prepare(config: RunConfig, screen: Screen) -> Prepared:
     """Examples, prompts and identity of a run; every check that needs no model weights.
@@ -98,6 +104,7 @@ def worker_spec(prepared: Prepared) -> WorkerSpec:
         num_labels=len(prepared.data.labels),
         store_path=config.store.path,
         fingerprint=prepared.fingerprint,
+        trial=prepared.trial,
     )
 
 

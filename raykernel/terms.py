@@ -164,6 +164,40 @@ class Projection(Enum):
     """The whole gradient, not by layer (Malladi et al. 2023, Definition D.1)."""
 
 
+class Optimizer(Enum):
+    """Update rule of fine-tuning."""
+
+    sgd = "sgd"
+    """θ ← θ - η g, without momentum."""
+    adam = "adam"
+    """Weight decay, if any, is part of the gradient."""
+    adamw = "adamw"
+    """Weight decay is a step of its own."""
+    signgd = "signgd"
+    """θ ← θ - η sign g: Adam early in training (Malladi et al. 2023, section 3.2)."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether moments of the gradient enter."""
+        return self in (Optimizer.adam, Optimizer.adamw)
+
+
+class Loss(Enum):
+    """What fine-tuning minimises, averaged over examples."""
+
+    cross_entropy = "cross_entropy"
+    squared = "squared"
+    """½ Σ_a (f_a - y_a)² with one-hot y, whose gradient flow is that of kernel regression."""
+
+
+class Schedule(Enum):
+    """Learning rate over the steps."""
+
+    linear = "linear"
+    """η (1 - t/T) at step t of T, without warm-up."""
+    constant = "constant"
+
+
 class ExecutorName(Enum):
     """Where blocks are computed."""
 

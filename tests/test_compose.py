@@ -24,7 +24,9 @@ def choices(group: str) -> list[str]:
 EXPERIMENTS = choices("experiment")
 
 
-@pytest.mark.parametrize("group", ["task", "model", "parameters", "kernel", "solver", "compute"])
+@pytest.mark.parametrize(
+    "group", ["task", "model", "parameters", "kernel", "solver", "training", "behavior", "compute"]
+)
 def test_every_choice_of_every_group_composes(group):
     runs = compose_runs("kernel", ["-m", f"{group}={','.join(choices(group))}", "model.name=x"])
     assert len(runs) == len(choices(group)) > 0

@@ -27,6 +27,7 @@ from raykernel.compute import kept, memory, sketches
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.compute.sketches import Work
+from raykernel.compute.weights import assign, trial_weights
 from raykernel.config import (
     ComputeConfig,
     Json,
@@ -66,6 +67,8 @@ class WorkerSpec:
     num_labels: int
     store_path: str
     fingerprint: str
+    trial: str | None = None
+    """Fine-tuning run whose weights the model has; None: θ_PT."""
 
     def blocks(self) -> Callable[[Cell], Receipt]:
         """In a worker's process: the function that computes cells."""
@@ -104,7 +107,7 @@ Side = Capture | SignedCapture
 
 
 class Worker:
-    """A model at θ_0 in a process of its own, and the cells that it computes.
+    """A model in a process of its own, at θ_0 or a trial's weights, and the cells it computes.
 
     Args:
         spec: what to compute.
@@ -585,7 +588,7 @@ def _problem_key(spec: WorkerSpec, head: Head | None) -> str:
 
 
 def load(spec: WorkerSpec, head: Head | None) -> Problem:
-    """The problem of a worker; without a head, one that features can be read from."""
+    """The problem of a worker, with its trial's weights; without a head, to read features from."""
     problem = load_problem(
         spec.model,
         spec.parameters,
@@ -600,6 +603,8 @@ def load(spec: WorkerSpec, head: Head | None) -> Problem:
         # small. Features do not depend on it, and no block is computed with it.
         for parameter in problem.module.get_submodule("classifier").parameters():
             parameter.data.fill_(1.0)
+    if spec.trial is not None:
+        assign(problem.module, trial_weights(spec.store_path, spec.trial))
     return problem
 
 

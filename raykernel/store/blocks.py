@@ -3,6 +3,7 @@
     <store.path>/
       raykernel.json            marker: {"format": 1}
       kernels/<fingerprint>/    see kernels.py
+      trials/<trial>/           see trials.py
 
 Nothing is created before something is written: looking at a store that is not there finds an
 empty one.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from raykernel.store.commit import commit, is_temporary, make_folder
 from raykernel.store.grid import Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import Manifest
+from raykernel.store.trials import TrialFiles
 
 __all__ = ["KernelHandle", "Store", "open_store"]
 
@@ -205,6 +208,23 @@ class Store:
             target_modules=target_modules,
         )
 
+    # ------------------------------------------------------------ trials
+
+    def begin_trial(self, trial: str) -> TrialFiles:
+        """The place of a fine-tuning run, made if it is new."""
+        self._create()
+        files = self.trial(trial)
+        make_folder(files.path)
+        return files
+
+    def trial(self, trial: str) -> TrialFiles:
+        """The place of a fine-tuning run, whether or not it exists."""
+        return TrialFiles(self.path / "trials" / trial)
+
+    def trials(self) -> list[str]:
+        """Names of the fine-tuning runs that ended."""
+        return sorted(path.parent.name for path in results.result_files(self.path, "trials"))
+
     # ------------------------------------------------------------ results
 
     def write_result(self, table: str, row: dict[str, object]) -> Path:
@@ -212,9 +232,18 @@ class Store:
         self._create()
         return results.write_result(self.path, table, row)
 
+    def write_results(self, table: str, rows: Sequence[dict[str, object]]) -> Path:
+        """Commit rows of one key, see `results.write_results`."""
+        self._create()
+        return results.write_results(self.path, table, rows)
+
     def has_result(self, table: str, row: dict[str, object]) -> bool:
         """Whether a row with the same key is stored."""
         return results.result_path(self.path, table, row).exists()
+
+    def rows(self, table: str, **key: object) -> list[dict[str, Any]]:
+        """Rows of one key of a result table, see `results.read_key`."""
+        return results.read_key(self.path, table, key)
 
     def results(self, table: str) -> pa.Table:
         """All rows of a result table, see `results.read_results`."""

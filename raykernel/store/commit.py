@@ -12,7 +12,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,19 +69,41 @@ def commit(path: Path, payload: bytes | memoryview) -> int:
         InputError: if the folder cannot be written to.
         OSError: for any other failure of the device.
     """
-    num_bytes = len(payload)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(payload)
+
+    return commit_written(path, write, num_bytes=len(payload))
+
+
+def commit_written(path: Path, write: Callable[[Path], None], *, num_bytes: int) -> int:
+    """The same for content that a function writes.
+
+    Args:
+        path: the file; its folder exists.
+        write: writes the whole content to the path that it is given.
+        num_bytes: what that takes, for messages.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        StorageFullError: as `commit` does.
+        InputError: likewise.
+        OSError: likewise.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_SUFFIX}")
     try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
+        write(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
+        written = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:
         _explain(error, path, num_bytes)
     finally:
         temporary.unlink(missing_ok=True)  # there only if something went wrong
-    return num_bytes
+    return written
 
 
 def make_folder(path: Path) -> None:

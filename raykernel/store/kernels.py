@@ -7,6 +7,8 @@
       block-<iiii>-<jjjj>.arrow  one per cell: one row per (kind, layer group)
       prediction-<key>-<iiii>.arrow
                                  K(x, train) α of a row block of test (predictions.py)
+      linearized-<iiii>.arrow    J(x) (θ_FT − θ_PT) of a row block of test (linearized.py), in the
+                                 kernel of fine-tuned weights, whose logits are at these
       head.arrow                 linear head, where there is one
       rates.json, precision.json, projection.json
                                  what the first worker measured, see `pin`
@@ -90,12 +92,24 @@ class KernelHandle:
             if block_name(cell.i, cell.j) not in present or logits_name(cell.i) not in present
         ]
 
-    def rows_begun(self) -> range:
-        """Examples whose kernel somebody wants: train and dev, and test if any of it is stored."""
-        present = self.present()
-        cells = self.grid.cells(self.grid.test)
-        begun = any(block_name(cell.i, cell.j) in present for cell in cells)
-        return self.grid.rows if begun else self.grid.train_and_dev
+    def missing_begun(self) -> list[Cell]:
+        """Missing cells of what somebody wants: of train and dev, and of row blocks of test begun.
+
+        Of fine-tuned weights (`trial` in the identity) only test is wanted: `raykernel behavior`
+        compares no other block.
+
+        Returns:
+            The cells, in the grid's order.
+        """
+        present, test = self.present(), self.grid.test
+        cells = self.grid.cells(test)
+        begun = {cell.i for cell in cells if block_name(cell.i, cell.j) in present}
+        known = not self.identity.get("trial")
+        return [
+            cell
+            for cell in self.missing()
+            if (cell.i in begun if cell.rows.start in test else known)
+        ]
 
     def present(self) -> set[str]:
         """Names of the kernel's files."""

@@ -6,12 +6,16 @@ examples   a row per example of every kernel
 groups     a row per (kernel, kind, layer group), with the trace of K(train, train)
 predictions
            a row per (kernel, solution, test example) that was predicted without its kernel
+trials     a row per fine-tuning run that ended
+curves     a row per (trial, evaluation)
+behavior   a row per verdict: (kernel, fine-tuning run, solver settings, criteria)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,10 +95,6 @@ class Listing:
     def empty(self) -> pa.Table:
         """The table without rows."""
         return self.schema.empty_table()
-
-
-def _kernels(store: Store) -> pa.Table:
-    return store.results("kernels")
 
 
 def _blocks(store: Store) -> pa.Table:
@@ -181,10 +181,13 @@ def _handles(store: Store) -> Iterator[KernelHandle]:
 
 
 TABLES = {
-    "kernels": Listing(RESULT_TABLES["kernels"].schema, _kernels),
+    "kernels": Listing(RESULT_TABLES["kernels"].schema, partial(Store.results, table="kernels")),
     "blocks": Listing(_BLOCKS, _blocks),
     "examples": Listing(_EXAMPLES, _examples),
     "groups": Listing(_GROUPS, _groups),
     "predictions": Listing(_PREDICTIONS, _predictions),
+    "trials": Listing(RESULT_TABLES["trials"].schema, partial(Store.results, table="trials")),
+    "curves": Listing(RESULT_TABLES["curves"].schema, partial(Store.results, table="curves")),
+    "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
 }
 """By name, as SQL knows them."""

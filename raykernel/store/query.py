@@ -41,9 +41,10 @@ def query(path: str | Path, sql: str) -> pa.Table:
         InputError: if there is no store or nothing in it, or DuckDB refuses the statement.
     """
     store = open_store(path)
-    if not store.fingerprints():
+    if not store.fingerprints() and not store.trials():
         raise InputError(
-            f"{store.path}: found an empty store, expected results. Run `raykernel kernel` first."
+            f"{store.path}: found an empty store, expected results. Run `raykernel kernel` or "
+            "`raykernel finetune` first."
         )
     with duckdb.connect(":memory:", config=_CONFINED) as connection:
         try:

@@ -1,4 +1,4 @@
-"""Result rows: one small immutable Parquet file per row, never half-written.
+"""Result rows: one small immutable Parquet file per row or curve, never half-written.
 
 A writer has a file name of its own, made of the row's key columns, so that writers need no lock
 and the same question answered again replaces its own answer. Files written before a column
@@ -8,6 +8,8 @@ existed read as null there.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,9 +32,13 @@ class ResultTable:
 
     schema: pa.Schema
     key: tuple[str, ...]
-    """Columns that no two rows share all of."""
+    """Columns that no two files share all of."""
     folder: str
     """Below the store; `{column}` inserts a value."""
+    stem: str = "result"
+    """Beginning of its files' names."""
+    order: tuple[str, ...] = ("created",)
+    """Columns that rows are sorted by."""
 
 
 TABLES = {
@@ -81,6 +87,117 @@ TABLES = {
         key=("fingerprint", "kind", "solver"),
         folder="kernels/{fingerprint}",
     ),
+    "trials": ResultTable(
+        pa.schema(
+            [
+                ("trial", pa.string()),  # hash of what decides the numbers
+                ("task", pa.string()),
+                ("model", pa.string()),
+                ("prompt", pa.string()),
+                ("k", pa.int64()),
+                ("seed", pa.int64()),  # of the few-shot sample
+                ("method", pa.string()),  # full, lora: which parameters are trained
+                ("optimizer", pa.string()),
+                ("loss", pa.string()),
+                ("learning_rate", pa.float64()),
+                ("batch_size", pa.int64()),
+                ("steps", pa.int64()),
+                ("training_seed", pa.int64()),  # of the order of examples and of dropout
+                ("precision", pa.string()),
+                ("num_parameters", pa.int64()),  # that are trained
+                ("num_outputs", pa.int64()),
+                ("num_train", pa.int64()),
+                ("num_dev", pa.int64()),
+                ("num_test", pa.int64()),
+                ("metric", pa.string()),
+                ("zero_shot", pa.float64()),  # on test, as the next two
+                ("linear_probe", pa.float64()),
+                ("finetuned", pa.float64()),  # with the parameters that are best on dev
+                ("dev", pa.float64()),  # of the same parameters
+                ("best_step", pa.int64()),
+                ("distance", pa.float64()),  # their Euclidean distance from the start
+                ("seconds", pa.float64()),  # of training and evaluation
+                ("peak_memory_bytes", pa.int64()),
+                ("weights_checksum", pa.string()),  # xxh3 of best.safetensors; null: not kept
+                ("path", pa.string()),  # of the trial, below the store
+                ("created", _TIME),
+                ("versions", pa.string()),  # JSON: package → version
+                ("overrides", _TEXTS),
+                ("parameters", pa.string()),  # JSON: the whole group
+                ("training", pa.string()),  # JSON: the whole group
+                ("identity", pa.string()),  # JSON
+            ]
+        ),
+        key=("trial",),
+        folder="trials/{trial}",
+        stem="trial",
+    ),
+    "curves": ResultTable(
+        pa.schema(
+            [
+                ("trial", pa.string()),
+                ("step", pa.int64()),  # steps done; 0 is the start
+                ("epoch", pa.float64()),  # passes over train
+                ("train_loss", pa.float64()),  # mean over the steps since the last row
+                ("dev_loss", pa.float64()),
+                ("dev_score", pa.float64()),
+                ("learning_rate", pa.float64()),  # of the last step
+                ("gradient_norm", pa.float64()),  # of the last step, before clipping
+                ("distance", pa.float64()),  # from the start, Euclidean
+            ]
+        ),
+        key=("trial",),
+        folder="trials/{trial}",
+        stem="curve",
+        order=("trial", "step"),
+    ),
+    "behavior": ResultTable(
+        pa.schema(
+            [
+                ("fingerprint", pa.string()),  # of the kernel at the pre-trained weights
+                ("trial", pa.string()),  # the fine-tuning run
+                ("solver", pa.string()),  # canonical JSON of the solver settings
+                ("criteria", pa.string()),  # canonical JSON of thresholds and sample
+                ("task", pa.string()),
+                ("model", pa.string()),
+                ("prompt", pa.string()),
+                ("k", pa.int64()),
+                ("seed", pa.int64()),
+                ("optimizer", pa.string()),
+                ("solves", pa.bool_()),  # null: undefined, as in the next three
+                ("linearization", pa.bool_()),
+                ("fixed_features", pa.bool_()),
+                ("kernel_behavior", pa.bool_()),  # all three
+                ("reasons", pa.string()),  # JSON: criterion → one clause
+                ("kind", pa.string()),  # of kernel regression: the best one for the optimizer
+                ("metric", pa.string()),  # of the next two, on test
+                ("kernel_regression", pa.float64()),
+                ("finetuned", pa.float64()),
+                ("linearization_metric", pa.string()),  # of the next three, on test
+                ("pretrained_score", pa.float64()),
+                ("linearized_score", pa.float64()),
+                ("finetuned_score", pa.float64()),
+                ("taylor_error", pa.float64()),  # ‖f_FT − f_lin‖ / ‖f_FT − f_PT‖ on test
+                ("compared_kind", pa.string()),  # of the kernels before and after
+                ("num_compared", pa.int64()),  # test examples of the compared block
+                ("mean_relative_distance", pa.float64()),  # null: undefined, as in all distances
+                ("mean_apart", pa.float64()),  # the same without near-zero denominators
+                ("median_relative_distance", pa.float64()),
+                ("frobenius_distance", pa.float64()),
+                ("cka", pa.float64()),  # centred kernel alignment
+                ("near_zero_share", pa.float64()),  # of the entries before fine-tuning
+                ("zero_share", pa.float64()),
+                ("chi_pretrained", pa.float64()),  # mean |output derivative| on test
+                ("chi_finetuned", pa.float64()),
+                ("tuned_fingerprint", pa.string()),  # of the kernel at the trial's weights
+                ("path", pa.string()),
+                ("created", _TIME),
+                ("overrides", _TEXTS),
+            ]
+        ),
+        key=("fingerprint", "trial", "solver", "criteria"),
+        folder="behavior",
+    ),
 }
 
 
@@ -94,28 +211,41 @@ def write_result(root: Path, table: str, row: dict[str, Any]) -> Path:
 
     Returns:
         The file.
+    """
+    return write_results(root, table, [row])
+
+
+def write_results(root: Path, table: str, rows: Sequence[dict[str, Any]]) -> Path:
+    """Commit rows of one key as one file; rows with the same key are replaced.
+
+    Args:
+        root: folder of the store.
+        table: name of the table.
+        rows: at least one, as in `write_result`.
+
+    Returns:
+        The file.
 
     Raises:
-        ValueError: if a column is unknown or a key column absent.
+        ValueError: if a column is unknown, a key column absent, or the keys differ.
     """
     spec = _spec(table)
-    for name in row:
+    for name in {name for row in rows for name in row}:
         if name not in spec.schema.names:
             raise ValueError(
                 f"{table}: unknown column {name!r}; {nearest(name, spec.schema.names)}"
             )
-    if absent := [name for name in spec.key if row.get(name) is None]:
+    first = rows[0]
+    if absent := [name for name in spec.key if first.get(name) is None]:
         raise ValueError(f"{table}: found no {', '.join(absent)}, expected the whole key")
-    relative = spec.folder.format(**row)
-    full = dict.fromkeys(spec.schema.names) | {
-        "created": datetime.now(timezone.utc),
-        "path": relative,
-        **row,
-    }
+    if any(row[name] != first[name] for row in rows for name in spec.key):
+        raise ValueError(f"{table}: found rows of several keys, expected one key in a file")
+    known = {"created": datetime.now(timezone.utc), "path": spec.folder.format(**first)}
     sink = pa.BufferOutputStream()
-    arrow = pa.Table.from_pylist([full], schema=spec.schema)
+    # Columns that a table does not have, such as a curve's `path`, are left out by the schema.
+    arrow = pa.Table.from_pylist([known | row for row in rows], schema=spec.schema)
     pq.write_table(arrow, sink, write_page_checksum=True)
-    path = result_path(root, table, row)
+    path = result_path(root, table, first)
     make_folder(path.parent)
     commit(path, memoryview(sink.getvalue()))
     return path
@@ -133,12 +263,12 @@ def result_path(root: Path, table: str, row: dict[str, Any]) -> Path:
         The path, whether or not it exists.
     """
     spec = _spec(table)
-    name = f"result-{fingerprint([row[name] for name in spec.key])}.parquet"
+    name = f"{spec.stem}-{fingerprint([row[name] for name in spec.key])}.parquet"
     return root / spec.folder.format(**row) / name
 
 
 def read_results(root: Path, table: str) -> pa.Table:
-    """All rows of a table, oldest first.
+    """All rows of a table, oldest first; of a curve by step.
 
     Args:
         root: folder of the store.
@@ -151,7 +281,25 @@ def read_results(root: Path, table: str) -> pa.Table:
     rows = [read_row_file(path, spec.schema) for path in result_files(root, table)]
     if not rows:
         return spec.schema.empty_table()
-    return pa.concat_tables(rows).sort_by([("created", "ascending")])
+    return pa.concat_tables(rows).sort_by([(name, "ascending") for name in spec.order])
+
+
+def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one key.
+
+    Args:
+        root: folder of the store.
+        table: name of the table.
+        key: value by key column.
+
+    Returns:
+        Value by column; none if no such row is stored.
+    """
+    path = result_path(root, table, key)
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = read_row_file(path, _spec(table).schema).to_pylist()
+    return rows
 
 
 def result_files(root: Path, table: str) -> list[Path]:
@@ -164,8 +312,9 @@ def result_files(root: Path, table: str) -> list[Path]:
     Returns:
         Their paths, sorted.
     """
-    pattern = _spec(table).folder.replace("{fingerprint}", "*")
-    return sorted(root.glob(f"{pattern}/result-*.parquet"))
+    spec = _spec(table)
+    folder = spec.folder.format_map(defaultdict(lambda: "*"))
+    return sorted(root.glob(f"{folder}/{spec.stem}-*.parquet"))
 
 
 def read_row_file(path: Path, schema: pa.Schema) -> pa.Table:

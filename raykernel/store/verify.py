@@ -15,11 +15,15 @@ from raykernel.store.blockfile import Names
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import stale_temporaries
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import TABLES, read_row_file
+from raykernel.store.trials import checksum
 
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
+_LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
+_TRIAL_TABLES = {"trial": "trials", "curve": "curves"}
 _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
 
@@ -37,6 +41,7 @@ class VerifyReport:
     """What a check of a store found."""
 
     num_kernels: int
+    num_trials: int
     num_files: int
     """Files checked."""
     bad: tuple[BadFile, ...]
@@ -61,8 +66,9 @@ class VerifyReport:
             for file in self.bad
         ]
         lines.append(
-            f"{self.num_files} files of {self.num_kernels} kernels checked: {len(self.bad)} bad, "
-            f"{len(self.leftovers)} old temporaries, {self.num_missing} blocks missing."
+            f"{self.num_files} files of {self.num_kernels} kernels and {self.num_trials} trials "
+            f"checked: {len(self.bad)} bad, {len(self.leftovers)} old temporaries, "
+            f"{self.num_missing} blocks missing."
         )
         if not self.ok:
             lines.append("`raykernel verify --remove` deletes what a run can compute again.")
@@ -85,18 +91,28 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
     store = open_store(path)
     num_files = 0
     bad: list[BadFile] = []
-    folders = sorted(folder for folder in (store.path / "kernels").glob("*") if folder.is_dir())
-    for folder in folders:
+    kernels, trials = (
+        sorted(folder for folder in (store.path / name).glob("*") if folder.is_dir())
+        for name in ("kernels", "trials")
+    )
+    verdicts = [folder for folder in [store.path / "behavior"] if folder.is_dir()]
+    checks = {
+        **dict.fromkeys(kernels, _problems),
+        **dict.fromkeys(trials, _trial_problems),
+        **dict.fromkeys(verdicts, _verdict_problems),
+    }
+    for folder, problems in checks.items():
         files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
         num_files += len(files)
-        for file, reason, replaceable in _problems(store, folder, files):
+        for file, reason, replaceable in problems(store, folder, files):
             if remove and replaceable:
                 file.unlink(missing_ok=True)
             bad.append(BadFile(file, reason, remove and replaceable))
     leftovers = tuple(stale_temporaries(store.path))
     for leftover in leftovers if remove else ():
         leftover.unlink(missing_ok=True)
-    return VerifyReport(len(folders), num_files, tuple(bad), leftovers, _num_missing(store))
+    missing = _num_missing(store)
+    return VerifyReport(len(kernels), len(trials), num_files, tuple(bad), leftovers, missing)
 
 
 def _problems(store: Store, folder: Path, files: list[Path]) -> Iterator[tuple[Path, str, bool]]:
@@ -137,12 +153,15 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
         except IndexError as error:
             raise BlockCorruptError(damage(file, str(error))) from error
         return handle.read_block(cell).names
-    if match := _LOGITS.fullmatch(file.name) or _PREDICTION.fullmatch(file.name):
+    by_row = (_LOGITS, _LINEARIZED, _PREDICTION)
+    if match := next(filter(None, (pattern.fullmatch(file.name) for pattern in by_row)), None):
         i = int(match[1])
         if i >= grid.num_row_blocks:
             raise BlockCorruptError(damage(file, f"the grid has {grid.num_row_blocks} row blocks"))
         if match.re is _LOGITS:
             handle.read_logits(i)
+        elif match.re is _LINEARIZED:
+            read_linearized(handle, i)
         else:
             _check_prediction(handle, file, i)
     elif file.name == "examples.arrow":
@@ -171,6 +190,48 @@ def _check_other(handle: KernelHandle, file: Path) -> None:
         raise InputError("no file of a store; move it elsewhere")
 
 
+def _trial_problems(
+    store: Store, folder: Path, files: list[Path]
+) -> Iterator[tuple[Path, str, bool]]:
+    """Bad files of one fine-tuning run, as `_problems` names them."""
+    of_trial = store.trial(folder.name)
+    known = (of_trial.checkpoint, of_trial.head, of_trial.weights, of_trial.adapter)
+    for file in files:
+        try:
+            if table := _TRIAL_TABLES.get(file.name.partition("-")[0]):
+                read_row_file(file, TABLES[table].schema)
+            elif file == of_trial.weights:
+                _check_weights(store, folder.name, file)
+            elif file not in known:
+                raise InputError("no file of a store; move it elsewhere")
+        except InputError as error:
+            yield file, _reason(error, file), _damaged(error)
+
+
+def _verdict_problems(
+    store: Store, folder: Path, files: list[Path]
+) -> Iterator[tuple[Path, str, bool]]:
+    """Bad files of the table `behavior`, as `_problems` names them."""
+    del store, folder
+    for file in files:
+        try:
+            if not file.match("result-*.parquet"):
+                raise InputError("no file of a store; move it elsewhere")
+            read_row_file(file, TABLES["behavior"].schema)
+        except InputError as error:
+            yield file, _reason(error, file), _damaged(error)
+
+
+def _check_weights(store: Store, trial: str, file: Path) -> None:
+    try:
+        rows = store.rows("trials", trial=trial)
+    except BlockCorruptError:  # among the bad files itself
+        return
+    for row in rows:
+        if row["weights_checksum"] != checksum(file):
+            raise BlockCorruptError(f"{file}: other content than its trial wrote")
+
+
 def _odd_groups(names_by_file: dict[Path, Names]) -> Iterator[tuple[Path, str, bool]]:
     """Blocks whose rows differ from most others': they cannot be summed with them."""
     counts = Counter(tuple(names) for names in names_by_file.values())
@@ -195,8 +256,7 @@ def _num_missing(store: Store) -> int:
     count = 0
     for name in store.fingerprints():
         try:
-            handle = store.open(name)
-            count += len(handle.missing(handle.rows_begun()))
+            count += len(store.open(name).missing_begun())
         except InputError:  # its manifest is among the bad files
             continue
     return count

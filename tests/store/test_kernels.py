@@ -222,7 +222,7 @@ def test_a_kernel_without_test_reads_what_it_has_and_says_how_to_get_the_rest(
     assert handle.missing(grid.train_and_dev) == handle.missing()[:3] + handle.missing()[5:9]
     for cell in handle.missing(grid.train_and_dev):
         stores.write(handle, cell)
-    assert handle.rows_begun() == grid.train_and_dev
+    assert handle.missing_begun() == []
     known = handle.kernel(rows=grid.train_and_dev)
     np.testing.assert_array_equal(known, expected(handle, stores.GROUPS)[:7])
     np.testing.assert_array_equal(handle.logits(range(7)), stores.logits(range(7)))
@@ -231,7 +231,9 @@ def test_a_kernel_without_test_reads_what_it_has_and_says_how_to_get_the_rest(
         with pytest.raises(KernelIncompleteError, match=hint):
             read()
     stores.write(handle, grid.cell(5, 1))
-    assert handle.rows_begun() == grid.rows
+    # The row block of test that was begun is wanted, the other one is not.
+    assert [(cell.i, cell.j) for cell in handle.missing_begun()] == [(5, 0)]
     (handle.path / "block-0000-0001.arrow").unlink()
+    assert [(cell.i, cell.j) for cell in handle.missing_begun()] == [(5, 0), (0, 1)]
     with pytest.raises(KernelIncompleteError, match="to compute what is missing"):
         handle.kernel()

@@ -43,6 +43,10 @@ def store(tmp_path: Path) -> Store:
     stores.predict(handle, 3)
     store = open_store(tmp_path)
     store.write_result("kernels", row(handle.fingerprint))
+    store.write_result("trials", {"trial": "t", "finetuned": 0.9})
+    store.write_results("curves", [{"trial": "t", "step": step} for step in (10, 0)])
+    verdict = {"fingerprint": handle.fingerprint, "trial": "t", "solver": "{}", "criteria": "{}"}
+    store.write_result("behavior", verdict | {"solves": True})
     return store
 
 
@@ -95,6 +99,20 @@ def test_every_table_answers(store: Store) -> None:
         found = query(store.path, f"SELECT * FROM {name}")
         assert found.num_rows > 0, name
         assert set(listing.schema.names) <= set(found.column_names)
+
+
+def test_a_curve_is_one_file_and_comes_back_by_step(store: Store) -> None:
+    assert store.results("curves")["step"].to_pylist() == [0, 10]
+    assert [row["step"] for row in store.rows("curves", trial="t")] == [10, 0]
+    assert store.rows("curves", trial="u") == []
+    assert store.trials() == ["t"]
+    with pytest.raises(ValueError, match="several keys"):
+        store.write_results("curves", [{"trial": "t"}, {"trial": "u"}])
+
+
+def test_a_store_of_trials_alone_can_be_queried(tmp_path: Path) -> None:
+    Store(tmp_path / "new").write_result("trials", {"trial": "t"})
+    assert query(tmp_path / "new", "SELECT trial FROM trials").num_rows == 1
 
 
 def test_blocks_are_listed_from_their_headers(store: Store) -> None:

@@ -1,0 +1,1 @@
+"""Fine-tuning: update rules, the loop, checkpoints and what is kept of a trial."""

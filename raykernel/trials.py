@@ -1,0 +1,316 @@
+"""The stages of `raykernel finetune`, one short function each.
+
+    config → examples → prompts → identity → stored? → worker trains → rows of the store → table
+
+A trial is one fine-tuning run, named by what decides its numbers: task, prompt, model, parameters
+and training. One whose result is stored is never run again; a run that was killed goes on from its
+last evaluation. A trial that fails, because its loss is not finite for example, leaves no result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from raykernel.compute.executor import versions
+from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
+from raykernel.console import Screen, duration, size
+from raykernel.errors import BlockCorruptError, RunError
+from raykernel.jobs import LateExecutor
+from raykernel.prepared import Prepared, example_labels, prepare
+from raykernel.store.blocks import Store
+from raykernel.store.trials import TrialFiles
+from raykernel.terms import Precision, PromptStyle, Split
+from raykernel.training.checkpoint import read_facts
+from raykernel.training.finetune import Point
+from raykernel.training.trial import Result, TrialSpec
+
+_STEPS_PER_JOB = 10
+"""Steps between signs of life, where no evaluation comes before."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialOutcome:
+    """A trial that has ended, now or before."""
+
+    prepared: Prepared
+    row: dict[str, Any]
+    """Its row of the table `trials`."""
+    curve: list[dict[str, Any]]
+    """Its rows of the table `curves`, by step."""
+    was_stored: bool
+    """It had ended before."""
+    files: TrialFiles
+    """Where `training.checkpoint.load_parameters` finds θ_FT."""
+
+    @property
+    def trial(self) -> str:
+        """Its name in the store."""
+        return str(self.row["trial"])
+
+
+def run_trial(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> TrialOutcome:
+    """Fine-tune, or read what a trial found that has ended before.
+
+    Args:
+        config: the run.
+        overrides: the command line that made it, kept with the result.
+        screen: where progress is shown.
+
+    Returns:
+        Its rows and where its parameters are.
+
+    Raises:
+        RunError: if loss or gradient stop being finite; nothing is stored then.
+    """
+    check_training(config)
+    return complete_trial(prepare(config, screen), overrides, screen)
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse what cannot be trained, before anything is computed.
+
+    Args:
+        config: the run.
+    """
+    require(
+        config.training.precision is not Precision.tf32 or config.compute.device != "cpu",
+        "training.precision",
+        "tf32",
+        "float32, because only CUDA devices have tf32. Set training.precision=float32",
+    )
+
+
+def complete_trial(prepared: Prepared, overrides: tuple[str, ...], screen: Screen) -> TrialOutcome:
+    """The same for a run whose input is read.
+
+    Args:
+        prepared: the run.
+        overrides: the command line that made it, kept with the result.
+        screen: where progress is shown.
+
+    Returns:
+        Its rows and where its parameters are.
+    """
+    config = prepared.config
+    training = config.training.resolved(k=config.task.k, num_labels=len(prepared.data.labels))
+    identity = trial_identity(prepared, training)
+    trial, store = fingerprint(identity), Store(config.store.path)
+    files = store.trial(trial)
+    stored = bool(store.rows("trials", trial=trial))
+    if stored and training.keep_weights and not files.weights.exists():
+        screen.say("The result is stored, its parameters are not: training again.")
+        stored = False
+    if not stored:
+        files = store.begin_trial(trial)
+        result = train(trial_spec(prepared, training, files), screen)
+        curve = [{"trial": trial, **dataclasses.asdict(point)} for point in result.curve]
+        store.write_results("curves", curve)
+        row = _row(prepared, training, result, overrides)
+        store.write_result("trials", {"trial": trial, **row, "identity": canonical_json(identity)})
+    # Also that of a run that was killed after its result was written.
+    files.checkpoint.unlink(missing_ok=True)
+    (row,) = store.rows("trials", trial=trial)
+    return TrialOutcome(prepared, row, store.rows("curves", trial=trial), stored, files)
+
+
+def trial_identity(prepared: Prepared, training: TrainingConfig) -> dict[str, Json]:
+    """What decides a trial's numbers, and nothing else: its hash is the trial's name.
+
+    Args:
+        prepared: the run.
+        training: its method, with numbers of steps.
+
+    Returns:
+        A JSON tree.
+    """
+    shared = ("task", "prompt", "model", "parameters")
+    return {
+        **{name: prepared.identity[name] for name in shared},
+        "metric": prepared.config.task.metric.value,
+        "training": training.identity,
+    }
+
+
+def trial_spec(prepared: Prepared, training: TrainingConfig, files: TrialFiles) -> TrialSpec:
+    """What a worker needs to train."""
+    config = prepared.config
+    return TrialSpec(
+        model=config.model,
+        parameters=config.parameters,
+        training=training,
+        compute=config.compute,
+        metric=config.task.metric,
+        encoded=prepared.encoded,
+        labels=tuple(int(label) for label in example_labels(prepared.data)),
+        num_labels=len(prepared.data.labels),
+        splits=dict(prepared.data.splits),
+        files=files,
+    )
+
+
+def train(spec: TrialSpec, screen: Screen) -> Result:
+    """Train from the start or from the checkpoint to the end, on one worker.
+
+    Args:
+        spec: what to train.
+        screen: where evaluations and progress are shown.
+
+    Returns:
+        What was found; θ_FT is in the store.
+
+    Raises:
+        RunError: if loss or gradient stop being finite, or the worker fails otherwise.
+    """
+    steps, done = spec.training.steps, _steps_done(spec.files, screen)
+    assert steps is not None, "a resolved configuration"
+    ends = _ends(spec.training, done)
+    # The steps of a trial are one after the other: a second worker would do the same ones.
+    compute = dataclasses.replace(spec.compute, workers=1)
+    shown, result = done if done else -1, None
+    before = dict(zip(ends, [done, *ends], strict=False))
+    with (
+        contextlib.closing(LateExecutor(compute, screen)) as executor,
+        screen.progress("steps", steps - done) as advance,
+    ):
+        for outcome in executor.run(spec.steps, ends):
+            receipt = outcome.value()
+            for point in receipt.points:
+                if point.step > shown:
+                    screen.say(_line(point, spec))
+                    shown = point.step
+            advance(outcome.job - before[outcome.job])
+            result = receipt.result or result
+    if result is None:
+        raise RunError(f"found no result after step {steps}, expected one. Run it again.")
+    return result
+
+
+def _ends(training: TrainingConfig, done: int) -> list[int]:
+    """Steps up to which the jobs train."""
+    assert training.steps is not None, "a resolved configuration"
+    assert training.eval_every is not None, "a resolved configuration"
+    evaluated = range(training.eval_every, training.steps, training.eval_every)
+    ends = {*range(_STEPS_PER_JOB, training.steps, _STEPS_PER_JOB), *evaluated}
+    # The last job is there even if all steps are done: it gives the result.
+    return [*sorted(end for end in ends if end > done), training.steps]
+
+
+def _steps_done(files: TrialFiles, screen: Screen) -> int:
+    """Where the run goes on; a damaged checkpoint is dropped."""
+    try:
+        done = int(read_facts(files.checkpoint)["step"])
+    except FileNotFoundError:
+        return 0
+    except BlockCorruptError as error:
+        screen.say(f"Note: {error} It is dropped: training begins anew.")
+        files.checkpoint.unlink(missing_ok=True)
+        return 0
+    screen.say(f"Going on after step {done}.")
+    return done
+
+
+def _line(point: Point, spec: TrialSpec) -> str:
+    loss = "" if point.train_loss is None else f"train loss {point.train_loss:.4f}, "
+    return (
+        f"step {point.step} of {spec.training.steps}: {loss}dev loss {point.dev_loss:.4f}, dev "
+        f"{spec.metric.value} {point.dev_score:.3f}"
+    )
+
+
+def _row(
+    prepared: Prepared, training: TrainingConfig, result: Result, overrides: tuple[str, ...]
+) -> dict[str, Any]:
+    """One row of the table `trials`, without its name and identity."""
+    config, data = prepared.config, prepared.data
+    probe = config.prompt.style is PromptStyle.none
+    return {
+        "task": config.task.name,
+        "model": config.model.name,
+        "prompt": config.prompt.style.value,
+        "k": config.task.k,
+        "seed": config.task.seed,
+        "method": config.parameters.method.value,
+        "optimizer": training.optimizer.value,
+        "loss": training.loss.value,
+        "learning_rate": training.learning_rate,
+        "batch_size": training.batch_size,
+        "steps": training.steps,
+        "training_seed": training.seed,
+        "precision": training.precision.value,
+        "num_parameters": result.num_parameters,
+        "num_outputs": len(data.labels),
+        "num_train": len(data.splits[Split.train]),
+        "num_dev": len(data.splits[Split.dev]),
+        "num_test": len(data.splits[Split.test]),
+        "metric": config.task.metric.value,
+        "zero_shot": None if probe else result.zero_shot,
+        "linear_probe": result.zero_shot if probe else None,
+        "finetuned": result.test,
+        "dev": result.best.dev_score,
+        "best_step": result.best.step,
+        "distance": result.best.distance,
+        "seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "weights_checksum": result.weights_checksum,
+        "overrides": list(overrides),
+        "versions": canonical_json(versions()),
+        "parameters": canonical_json(config.parameters),
+        "training": canonical_json(training.identity),
+    }
+
+
+def show_trial(outcome: TrialOutcome, screen: Screen) -> None:
+    """Print scores, costs, where the parameters are, and what to try next.
+
+    Args:
+        outcome: of `run_trial`.
+        screen: where to print.
+    """
+    row, config, start = outcome.row, outcome.prepared.config, outcome.curve[0]
+    probe = row["linear_probe"] is not None
+    before = row["linear_probe"] if probe else row["zero_shot"]
+    screen.table(
+        ["", f"{row['metric']} (test)", "dev", "dev loss", "step", "‖θ - θ_0‖"],
+        [
+            [
+                "linear probe" if probe else "zero-shot",
+                f"{before:.3f}",
+                f"{start['dev_score']:.3f}",
+                f"{start['dev_loss']:.4f}",
+                "0",
+                "0",
+            ],
+            [
+                f"fine-tuning ({row['optimizer']}, {row['method']})",
+                f"{row['finetuned']:.3f}",
+                f"{row['dev']:.3f}",
+                *(f"{p['dev_loss']:.4f}" for p in outcome.curve if p["step"] == row["best_step"]),
+                str(row["best_step"]),
+                f"{row['distance']:.3g}",
+            ],
+        ],
+        title=(
+            f"{row['task']}, {row['model']}, k={row['k']}, seed {row['seed']}: {row['num_train']} "
+            f"train, {row['num_dev']} dev, {row['num_test']} test"
+        ),
+    )
+    when = ", stored before (0 steps done now)" if outcome.was_stored else ""
+    screen.out.print(
+        f"Trial {outcome.trial}{when}: {row['steps']} steps of {row['batch_size']} examples, "
+        f"learning rate {row['learning_rate']:g}, {row['num_parameters']:,} parameters, "
+        f"{duration(row['seconds'])}, peak {size(row['peak_memory_bytes'])}. "
+        + (
+            f"The best of them are in {outcome.files.weights}"
+            if row["weights_checksum"]
+            else "None of them are kept"
+        ),
+        markup=False,
+    )
+    screen.out.print(
+        'Next: raykernel query "select task, model, optimizer, learning_rate, dev, finetuned from '
+        f'trials" --store {config.store.path}',
+        markup=False,
+    )
