@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import nn
 
 from raykernel.compute import memory, sketches
+from raykernel.compute.lora_error import adapted_layers, compared_parameters, lora_distortion
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.compute.sketches import Work
@@ -35,13 +36,14 @@ from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.ntk.project import join
 from raykernel.ntk.rates import Rates, rates_of
+from raykernel.ntk.selections import varying
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem, set_matmul_precision
 from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
-from raykernel.terms import Precision
+from raykernel.terms import Kind, Method, Precision
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ class Worker:
             self._handle.pin("precision", self._precision_error())
         if self._spec.kernel.projection.is_on and not self._handle.has_pinned("projection"):
             self._handle.pin("projection", self._projection_error())
+        if self._adapted and not self._handle.has_pinned("lora"):
+            self._handle.pin("lora", self._lora_error())
         memory.trim_heap()
 
     def _precision_error(self) -> dict[str, Json]:
@@ -218,6 +222,26 @@ class Worker:
             rates=self._rates,
             max_bytes=memory.GRAM_BYTES,
         )
+
+    def _lora_error(self) -> dict[str, Json]:
+        """Errors of a LoRA kernel on the first examples, beside the bound for all of them."""
+        spec, problem = self._spec, self._problem
+        num_examples = len(spec.encoded.input_ids)
+        with varying(problem.module, compared_parameters(self._adapted)):
+            tracer = Tracer(problem.module, problem.readout)
+            streamer = Streamer(tracer)
+            factors = tracer.capture(self._batch(self._longest[:1])).num_bytes
+            sample = memory.sample_size(
+                factors, self._footprint, spec.compute, most=min(sketches.SAMPLE, num_examples)
+            )
+            return lora_distortion(
+                self._captured(range(sample), tracer, streamer),
+                self._adapted,
+                rank=spec.parameters.r,
+                num_gradients=num_examples * spec.num_labels,
+                rates=self._rates,
+                max_bytes=memory.GRAM_BYTES,
+            )
 
     def plan(self) -> WorkerPlan:
         """Memory, chunks, operations and methods of a full cell; computes no block.
@@ -355,11 +379,14 @@ class Worker:
         """Factors of a chunk: one transformer block's at a time, or all at once."""
         num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
         self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
+        yield from self._captured(examples, self._tracer, self._streamer)
+
+    def _captured(self, examples: range, tracer: Tracer, streamer: Streamer) -> Iterator[Capture]:
         batches = [self._batch(b) for b in split(examples, self._sizes.batch)]
         if self._sizes.stream:
-            found = zip(*(self._streamer.stream(batch) for batch in batches), strict=True)
+            found = zip(*(streamer.stream(batch) for batch in batches), strict=True)
         else:
-            found = zip(*([self._tracer.capture(batch)] for batch in batches), strict=True)
+            found = zip(*([tracer.capture(batch)] for batch in batches), strict=True)
         for pieces in found:
             memory.trim_heap()
             yield Capture.concatenate(pieces, after_group=memory.trim_heap)
@@ -373,6 +400,13 @@ class Worker:
     def _tracer(self) -> Tracer:
         signs = any(kind.has_signs for kind in self._spec.kernel.kinds)
         return Tracer(self._problem.module, self._problem.readout, signs=signs)
+
+    @cached_property
+    def _adapted(self) -> dict[str, float]:
+        """Layers whose LoRA's kernel is compared with their weight's: theory knows sgd alone."""
+        kinds, method = self._spec.kernel.stored_kinds, self._spec.parameters.method
+        compared = method is Method.lora and Kind.sgd in kinds
+        return adapted_layers(self._problem.module) if compared else {}
 
     @property
     def _groups(self) -> tuple[str, ...]:
