@@ -35,7 +35,7 @@ from raykernel.ntk.packed import SignedCapture, packed_bytes, signed_capture
 from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.ntk.project import join
-from raykernel.ntk.rates import Rates, rates_of
+from raykernel.ntk.rates import PassRate, Rates, pass_rate, rates_of
 from raykernel.ntk.selections import varying
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem, set_matmul_precision
@@ -81,7 +81,7 @@ class Receipt:
     num_bytes: int
     seconds: float
     predicted_seconds: float
-    """What the device's rates said before."""
+    """What was said before, from the device's rates and the time of the model's passes."""
     peak_memory_bytes: int
     """Largest memory of the worker so far: resident on a CPU, reserved on a GPU."""
     process: int
@@ -101,6 +101,7 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
+        start = time.monotonic()
         settle_torch(spec.compute)
         memory.keep_heap_ready()
         self._spec = spec
@@ -112,6 +113,7 @@ class Worker:
         self._turn = 0
         self._halved = 0
         self._predicted = 0.0
+        self._load_seconds = time.monotonic() - start
 
     # ------------------------------------------------------------ jobs
 
@@ -163,11 +165,7 @@ class Worker:
         return features
 
     def prepare(self) -> None:
-        """Trace the longest examples, while nothing else is in memory.
-
-        The engine checks itself against autograd on first sight, which takes a gradient of all
-        parameters; and it learns the model's pattern here rather than from whichever cell comes
-        first, so that cells do not depend on their order.
+        """Trace the longest examples, while nothing else is in memory, and measure what is new.
 
         Raises:
             RunError: if the problem has a linear head that is not stored yet.
@@ -177,10 +175,7 @@ class Worker:
                 f"kernel {self._spec.fingerprint} has no linear head: expected one, because the "
                 "kernel of prompt=none starts from a linear probe. Fit and store it first."
             )
-        longest = self._longest
-        for examples in (longest[:1], longest):
-            for capture in self._streamer.stream(self._batch(examples)):
-                del capture
+        self._learn()
         if self._spec.kernel.precision.is_reduced and not self._handle.has_pinned("precision"):
             self._handle.pin("precision", self._precision_error())
         if self._spec.kernel.projection.is_on and not self._handle.has_pinned("projection"):
@@ -188,6 +183,18 @@ class Worker:
         if self._adapted and not self._handle.has_pinned("lora"):
             self._handle.pin("lora", self._lora_error())
         memory.trim_heap()
+
+    def _learn(self) -> None:
+        """Trace the longest examples, and time it.
+
+        The engine checks itself against autograd on first sight, which takes a gradient of all
+        parameters; and it learns the model's pattern here rather than from whichever cell comes
+        first, so that cells do not depend on their order.
+        """
+        for examples in (self._longest[:1], self._longest):
+            for capture in self._streamer.stream(self._batch(examples)):
+                del capture
+        _ = self._passes
 
     def _precision_error(self) -> dict[str, Json]:
         """Relative Frobenius errors of a reduced precision on the longest examples."""
@@ -249,6 +256,8 @@ class Worker:
         Returns:
             The plan.
         """
+        start = time.monotonic()
+        self._learn()
         return plan_of(
             self._problem.module,
             self._tracer.capture(self._batch(self._longest[:1])),
@@ -257,6 +266,8 @@ class Worker:
             sizes=self._sizes,
             kernel=self._spec.kernel,
             rates=self._rates,
+            passes=self._passes,
+            start_seconds=self._load_seconds + time.monotonic() - start,
             streamed=self._streamer.blocks,
             fallbacks=self._tracer.fallbacks,
             num_groups=len(self._groups),
@@ -377,8 +388,9 @@ class Worker:
 
     def _factors(self, examples: range) -> Iterator[Capture]:
         """Factors of a chunk: one transformer block's at a time, or all at once."""
-        num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
-        self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
+        ids, batches = self._spec.encoded.input_ids, split(examples, self._sizes.batch)
+        padded = (len(batch) * max(len(ids[i]) for i in batch) for batch in batches)
+        self._predicted += self._passes.seconds(padded)
         yield from self._captured(examples, self._tracer, self._streamer)
 
     def _captured(self, examples: range, tracer: Tracer, streamer: Streamer) -> Iterator[Capture]:
@@ -427,13 +439,20 @@ class Worker:
         return Rates(**self._handle.pin("rates", asdict(measured)))
 
     @cached_property
-    def _token_flops(self) -> float:
-        return token_flops(
-            self._problem.module,
-            self._spec.num_labels,
-            streamed=self._streamer.blocks,
-            again=self._sizes.stream,
-        )
+    def _passes(self) -> PassRate:
+        """Of this process now; no number of the kernel depends on it."""
+        first = self._longest[:1]
+
+        def run(count: int) -> None:
+            batch = self._batch(first * count)
+            if self._sizes.stream:
+                for capture in self._streamer.stream(batch):
+                    del capture
+            else:
+                self._tracer.capture(batch)
+
+        num_tokens = len(self._spec.encoded.input_ids[first[0]])
+        return pass_rate(run, num_tokens, self._spec.compute.device, most=self._sizes.batch)
 
     @property
     def _product_flops(self) -> float:
