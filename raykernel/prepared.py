@@ -92,6 +92,7 @@ def worker_spec(prepared: Prepared) -> WorkerSpec:
         num_labels=len(prepared.data.labels),
         store_path=config.store.path,
         fingerprint=prepared.fingerprint,
+        solver_groups=tuple(config.solver.groups),
     )
 
 

@@ -122,6 +122,11 @@ def test_a_lora_says_its_distance_from_the_full_weights_and_the_bound(model, her
     assert main(["verify", "--store", "store"]) == 0
 
 
+def test_layer_groups_that_do_not_exist_are_refused_before_any_block(model, here, capsys):
+    command = ["kernel", *arguments(model, solver__groups="[encoder.layr]")]
+    fails(capsys, here, command, "encoder.layr", "layer group")
+
+
 def test_prompt_none_shows_the_linear_probe(model, here, capsys):
     changes = {"prompt": "none", "prompt.template": None, "prompt.words": None}
     assert main(["kernel", *arguments(model, **changes)]) == 0

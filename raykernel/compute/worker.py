@@ -43,6 +43,7 @@ from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
+from raykernel.store.groups import select_groups
 from raykernel.terms import Kind, Method, Precision
 
 
@@ -58,6 +59,8 @@ class WorkerSpec:
     num_labels: int
     store_path: str
     fingerprint: str
+    solver_groups: tuple[str, ...] = ()
+    """Patterns of layer groups that the regression will take, to refuse wrong ones early."""
 
     def blocks(self) -> Callable[[Cell], Receipt]:
         """In a worker's process: the function that computes cells."""
@@ -169,6 +172,7 @@ class Worker:
 
         Raises:
             RunError: if the problem has a linear head that is not stored yet.
+            InputError: if a pattern of `solver_groups` matches no layer group.
         """
         if not self._may_compute:
             raise RunError(
@@ -176,6 +180,7 @@ class Worker:
                 "kernel of prompt=none starts from a linear probe. Fit and store it first."
             )
         self._learn()
+        select_groups(self._groups, groups=self._spec.solver_groups)
         if self._spec.kernel.precision.is_reduced and not self._handle.has_pinned("precision"):
             self._handle.pin("precision", self._precision_error())
         if self._spec.kernel.projection.is_on and not self._handle.has_pinned("projection"):

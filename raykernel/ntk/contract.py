@@ -257,7 +257,7 @@ def grams(
 
     Raises:
         InputError: if a group does not exist, or a side of packed signs does not fit.
-        NonFiniteError: if a block overflows.
+        NonFiniteError: if a block overflows, or a gradient of which signs are wanted.
     """
     _check_signs(rows, cols, kinds, dead_zone)
     wanted = rows.groups if groups is None else tuple(groups)
@@ -336,7 +336,14 @@ def _group_blocks(
         left, right = (_uses(side, name, owners) for side in (rows, cols))
         if left and right:
             right = left if rows is cols else right
-            found = signed(left, right, own, dead_zone=limits.dead_zone, max_bytes=limits.max_bytes)
+            found = signed(
+                left,
+                right,
+                own,
+                dead_zone=limits.dead_zone,
+                max_bytes=limits.max_bytes,
+                name=name,
+            )
             for kind, block in found.items():
                 total[kind] += block
         complete.update({name} if Kind.sgd in own else ())
