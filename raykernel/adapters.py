@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.ntk.empirical import capture_in_batches
 from raykernel.ntk.groups import ROOT
-from raykernel.ntk.selections import is_bias, norm_groups, only
+from raykernel.ntk.selections import is_bias, norm_groups, only, varying
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -82,7 +81,7 @@ def adapter_kernels(
         raise InputError("adapters: found none, expected at least one. Add adapters={'name': …}.")
     methods = {name: _method(model, name, chosen, seed) for name, chosen in adapters.items()}
     needed = frozenset().union(*(method.parameters for method in methods.values()))
-    with _selected(model, needed):
+    with varying(model, needed):
         tracer = Tracer(model, readout)
         of_rows = capture_in_batches(tracer, rows, batch_size)
         of_cols = of_rows if cols is None else capture_in_batches(tracer, cols, batch_size)
@@ -251,17 +250,3 @@ def _adapted(
                 own = lora(capture, matrices, scale=layer.scale)
         parts.update(own.parts)
     return Capture(capture.logits, parts, {})
-
-
-@contextmanager
-def _selected(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
-    """Context in which only these parameters vary, under any of their names."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    chosen = {p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
-    try:
-        for parameter in before:
-            parameter.requires_grad_(parameter in chosen)
-        yield
-    finally:
-        for parameter, flag in before.items():
-            parameter.requires_grad_(flag)

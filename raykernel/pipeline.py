@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raykernel.compute.executor import Executor, versions
+from raykernel.compute.lora_error import lora_text
 from raykernel.compute.sketches import distortion_text
 from raykernel.config import RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
@@ -70,6 +71,8 @@ class Outcome:
     """What a reduced precision costs, measured on a sample by the kernel's first worker."""
     projection_error: dict[str, Any] | None
     """The same of a projection, with the bound that there is."""
+    lora_error: dict[str, Any] | None
+    """How far a LoRA's kernel is from that of the full weights, with the bound."""
 
 
 def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Outcome:
@@ -91,17 +94,28 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
         completion = complete(prepared, handle, executor, screen)
         regression = solve(prepared, handle, executor, screen)
     store = Store(config.store.path)
+    precision, projection, lora = (
+        handle.read_pinned(name) if handle.has_pinned(name) else None
+        for name in ("precision", "projection", "lora")
+    )
     for kind in regression.results:
         row = result_row(prepared, completion, regression, kind, overrides)
+        if lora is not None and kind is Kind.sgd:
+            row |= {"lora_error": lora["largest_error"], "lora_bound": lora["bound"]}
         # A repetition that computed nothing keeps the row that says what the blocks cost.
         if completion.blocks_computed or not store.has_result("kernels", row):
             store.write_result("kernels", row)
     kept = sum(file.stat().st_size for file in handle.path.iterdir())
-    errors = (
-        handle.read_pinned(name) if handle.has_pinned(name) else None
-        for name in ("precision", "projection")
+    return Outcome(
+        prepared,
+        completion,
+        regression,
+        store_path=config.store.path,
+        store_bytes=kept,
+        precision_error=precision,
+        projection_error=projection,
+        lora_error=lora,
     )
-    return Outcome(prepared, completion, regression, config.store.path, kept, *errors)
 
 
 def open_kernel(prepared: Prepared) -> KernelHandle:
@@ -420,6 +434,9 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
         )
     if outcome.projection_error is not None:
         for line in distortion_text(outcome.projection_error):
+            screen.out.print(line, markup=False)
+    if outcome.lora_error is not None:
+        for line in lora_text(outcome.lora_error):
             screen.out.print(line, markup=False)
     screen.out.print(
         'Next: raykernel query "select task, model, k, seed, zero_shot, linear_probe, '

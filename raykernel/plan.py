@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raykernel.compute.memory import GIB
-from raykernel.compute.plan import WorkerPlan
+from raykernel.compute.plan import Cost, WorkerPlan
 from raykernel.compute.worker import Worker
 from raykernel.config import RunConfig
 from raykernel.console import Screen, duration, size
@@ -53,8 +53,8 @@ class Plan:
     @property
     def flops(self) -> float:
         """Floating-point operations of the missing blocks and of predicting test."""
-        captures, cells = self._work
-        blocks = captures * self.worker.capture_flops + cells * self.worker.block_flops
+        blocks = self._captures * self.worker.capture_flops
+        blocks += sum(cost.flops for cost in self._contractions)
         return blocks + self.prediction_flops
 
     @property
@@ -64,9 +64,9 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of all, all workers busy."""
-        captures, cells = self._work
-        alone = captures * self.worker.capture_seconds + cells * self.worker.block_seconds
+        """Predicted time of all, all workers busy from when they have started."""
+        alone = self._captures * self.worker.capture_seconds
+        alone += sum(cost.seconds for cost in self._contractions)
         return alone / self.prepared.config.compute.workers + self.prediction_seconds
 
     @property
@@ -75,16 +75,25 @@ class Plan:
         return self._products * self.worker.product_seconds / self._num_predicting
 
     @property
-    def _work(self) -> tuple[float, float]:
-        """Examples as long as the longest to capture, rows anew in every cell, and full cells."""
+    def _contractions(self) -> list[Cost]:
+        """What contracting each missing cell takes, were its examples as long as the longest."""
+        cells = ((len(cell.rows), len(cell.cols), cell.rows == cell.cols) for cell in self.missing)
+        shapes = Counter(cells)
+        return [
+            Cost(number * cost.flops, number * cost.seconds)
+            for (rows, cols, diagonal), number in shapes.items()
+            for cost in [self.worker.contraction(rows, cols, diagonal=diagonal)]
+        ]
+
+    @property
+    def _captures(self) -> float:
+        """Examples as long as the longest to capture, rows anew in every cell."""
         rows = sum(len(cell.rows) for cell in self.missing if cell.rows != cell.cols)
         columns = sum(map(len, {cell.cols for cell in self.missing}))
         workers = self.prepared.config.compute.workers
         if self.worker.sizes.sketched:  # rows are kept, too
             rows = min(rows, self.prepared.grid.num_rows * workers - columns * workers)
-        captures = rows + columns * workers
-        entries = sum(len(cell.rows) * len(cell.cols) for cell in self.missing)
-        return captures * self._mean_length, entries / self.prepared.grid.block_size**2
+        return (rows + columns * workers) * self._mean_length
 
     @property
     def _products(self) -> float:
@@ -187,7 +196,8 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         [
             "predicted time",
             f"{duration(plan.seconds)} of {config.compute.workers} busy workers, "
-            f"{duration(plan.prediction_seconds)} of it for test",
+            f"{duration(plan.prediction_seconds)} of it for test; "
+            f"{duration(worker.start_seconds)} to start one",
         ],
         ["new in the store", size(plan.store_bytes)],
         ["workers", f"{config.compute.workers} ({config.compute.executor.value})"],

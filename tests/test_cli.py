@@ -103,6 +103,30 @@ def test_a_projected_kernel_says_its_error_and_the_bound(model, here, capsys):
     assert "kernel.projection.dim 64 → 65" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_lora_says_its_distance_from_the_full_weights_and_the_bound(model, here, capsys):
+    for _ in range(2):  # computed, then read from the store
+        assert main(["kernel", *arguments(model, parameters="lora")]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "LoRA of rank 8: relative error" in out
+        assert "against the kernel of the 4 full weights" in out
+        # 18 examples of 2 outputs, and query and value of two layers.
+        assert "Theorem D.5 (Malladi et al. 2023), for 36 gradients in each of 4 modules" in out
+        assert "it says nothing" in out
+        assert "Remark D.6, for the sum of the 4 modules: nothing either." in out
+    (file,) = here.glob("store/kernels/*/lora.json")
+    sql = "select lora_error, lora_bound from kernels"
+    assert main(["query", sql, "--store", "store", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    kept = json.loads(file.read_text())
+    assert row == {"lora_error": kept["largest_error"], "lora_bound": None}
+    assert main(["verify", "--store", "store"]) == 0
+
+
+def test_layer_groups_that_do_not_exist_are_refused_before_any_block(model, here, capsys):
+    command = ["kernel", *arguments(model, solver__groups="[encoder.layr]")]
+    fails(capsys, here, command, "encoder.layr", "layer group")
+
+
 def test_prompt_none_shows_the_linear_probe(model, here, capsys):
     changes = {"prompt": "none", "prompt.template": None, "prompt.words": None}
     assert main(["kernel", *arguments(model, **changes)]) == 0

@@ -330,6 +330,23 @@ def product_batch(weights: int, product: ProductBytes, compute: ComputeConfig) -
     )
 
 
+def sample_size(factors: int, footprint: Footprint, compute: ComputeConfig, *, most: int) -> int:
+    """Examples on which an error is measured whose factors are not those of the kernel.
+
+    Args:
+        factors: bytes of an example's.
+        footprint: measured bytes.
+        compute: memory.
+        most: examples at the most.
+
+    Returns:
+        As many as fit beside one pass, at least one.
+    """
+    room = int(compute.memory_gb * GIB) - _fixed_bytes(footprint, compute)
+    room -= footprint.audit + 2 * footprint.forward
+    return max(1, min(most, int(room / (HEAP_SLACK * max(factors, 1)))))
+
+
 def _process_bytes(compute: ComputeConfig) -> int:
     return CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -13,7 +13,19 @@ from raykernel.compute.sketches import Work, blank
 from raykernel.config import KernelConfig
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.rates import Rates
+from raykernel.ntk.factors import Part
+from raykernel.ntk.rates import PassRate, Rates
+from raykernel.terms import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What some work takes."""
+
+    flops: float
+    """Floating-point operations."""
+    seconds: float
+    """Predicted time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +45,65 @@ class WorkerPlan:
     """Parameters without a rule: differentiated through their module or the whole model."""
     capture_flops: float
     """Floating-point operations to capture one example, and to form its signs where packed."""
-    block_flops: float
-    """Floating-point operations to contract one full cell."""
     capture_seconds: float
     """Predicted time of capturing one example, and of packing its signs where they are."""
-    block_seconds: float
-    """Predicted time of contracting one full cell."""
     product_flops: float
     """Operations of J w, and of an ordinary forward and backward pass, over one example."""
     product_seconds: float
     """Predicted time of either."""
+    start_seconds: float
+    """Time that loading the model and learning its pattern took."""
     groups: tuple[str, ...]
     """Every layer group, cross groups included."""
+    parts: tuple[Part, ...]
+    """What is contracted of one example."""
+    kinds: tuple[Kind, ...]
+    rates: Rates
+    """Of the device."""
+
+    def contraction(self, num_rows: int, num_cols: int, *, diagonal: bool) -> Cost:
+        """What contracting a cell takes, chunk by chunk.
+
+        Args:
+            num_rows: its rows, as long as the longest example.
+            num_cols: its columns.
+            diagonal: whether they are the same examples.
+
+        Returns:
+            The cost; a chunk with itself is symmetric where both sides have the same chunks.
+        """
+        of_rows = _pieces(num_rows, self.sizes.rows)
+        of_cols = _pieces(num_cols, self.sizes.cols)
+        same = diagonal and self.sizes.rows == self.sizes.cols
+        pairs = Counter(
+            (n, m, same and i == j) for i, n in enumerate(of_rows) for j, m in enumerate(of_cols)
+        )
+        costs = [(count, self._chunk(*pair)) for pair, count in pairs.items()]
+        return Cost(
+            sum(count * cost.flops for count, cost in costs),
+            sum(count * cost.seconds for count, cost in costs),
+        )
+
+    def _chunk(self, num_rows: int, num_cols: int, symmetric: bool) -> Cost:
+        ways = [
+            contract.method_of(
+                part,
+                num_rows,
+                num_cols,
+                kinds=self.kinds,
+                rates=self.rates,
+                symmetric=symmetric,
+                packed=self.sizes.packed,
+            )
+            for part in self.parts
+        ]
+        least = sum(way.seconds for way in ways)
+        return Cost(sum(way.flops for way in ways), contract.real_seconds(least, len(ways)))
+
+
+def _pieces(num: int, size: int) -> list[int]:
+    """Sizes of the chunks that so many examples are cut into."""
+    return [min(size, num - start) for start in range(0, num, size)]
 
 
 def plan_of(
@@ -56,6 +115,8 @@ def plan_of(
     sizes: Sizes,
     kernel: KernelConfig,
     rates: Rates,
+    passes: PassRate,
+    start_seconds: float,
     streamed: Collection[nn.Module],
     fallbacks: dict[str, str],
     num_groups: int,
@@ -71,6 +132,8 @@ def plan_of(
         sizes: how a cell is cut.
         kernel: kinds, and examples on a side of a cell.
         rates: of the device.
+        passes: time of the model's passes.
+        start_seconds: time until they could be timed.
         streamed: transformer blocks that are gone through backwards; empty: all of the model is.
         fallbacks: parameters that no rule covers.
         num_groups: of a block.
@@ -79,9 +142,7 @@ def plan_of(
     Returns:
         The plan.
     """
-    pieces = math.ceil(kernel.block_size / sizes.rows) * math.ceil(kernel.block_size / sizes.cols)
     methods: dict[str, str] = {}
-    flops = seconds = 0.0
     if work is not None:
         capture = blank(capture, kernel.projection)
     for group, by_name in capture.parts.items():
@@ -100,12 +161,12 @@ def plan_of(
         methods[group] = "+".join(sorted({way.name for way in found}))
         if work is not None:
             methods[group] = f"{kernel.projection.method.value} to {kernel.projection.dim}"
-        flops += pieces * sum(way.flops for way in found)
-        seconds += pieces * sum(way.seconds for way in found)
     packing = contract.packing(capture, rates=rates) if sizes.packed else None
     per_token = token_flops(module, capture.logits.shape[1], streamed=streamed, again=sizes.stream)
     capture_flops = num_tokens * per_token
-    capture_seconds = rates.seconds(capture_flops, 0.0)
+    pass_seconds = passes.seconds([sizes.batch * num_tokens]) / sizes.batch
+    seconds_per_flop = pass_seconds / capture_flops if capture_flops else 0.0
+    capture_seconds = pass_seconds
     if work is not None:
         capture_flops += work.flops
         capture_seconds += work.seconds(sizes.rows, rates) / sizes.rows
@@ -120,12 +181,14 @@ def plan_of(
         num_groups=num_groups,
         fallbacks=fallbacks,
         capture_flops=capture_flops + (packing.flops if packing else 0.0),
-        block_flops=flops,
         capture_seconds=capture_seconds + (packing.seconds if packing else 0.0),
-        block_seconds=seconds,
         product_flops=product,
-        product_seconds=rates.seconds(product, 0.0),
+        product_seconds=seconds_per_flop * product,
+        start_seconds=start_seconds,
         groups=capture.groups,
+        parts=tuple(p for own in capture.parts.values() for uses in own.values() for p in uses),
+        kinds=tuple(kernel.stored_kinds),
+        rates=rates,
     )
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import nn
 
 from raykernel.compute import kept, memory, sketches
+from raykernel.compute.lora_error import adapted_layers, compared_parameters, lora_distortion
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.compute.sketches import Work
@@ -44,7 +45,8 @@ from raykernel.ntk.packed import SignedCapture, packed_bytes, signed_capture
 from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.ntk.project import join
-from raykernel.ntk.rates import Rates, rates_of
+from raykernel.ntk.rates import PassRate, Rates, pass_rate, rates_of
+from raykernel.ntk.selections import varying
 from raykernel.ntk.sign_product import sign_product_bytes
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem, load_problem, set_matmul_precision
@@ -52,7 +54,8 @@ from raykernel.problem.probe import Head
 from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
-from raykernel.terms import Kind, Precision
+from raykernel.store.groups import select_groups
+from raykernel.terms import Kind, Method, Precision
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class WorkerSpec:
     fingerprint: str
     trial: str | None = None
     """Fine-tuning run whose weights the model has; None: θ_PT."""
+    solver_groups: tuple[str, ...] = ()
+    """Patterns of layer groups that the regression will take, to refuse wrong ones early."""
 
     def blocks(self) -> Callable[[Cell], Receipt]:
         """In a worker's process: the function that computes cells."""
@@ -92,7 +97,7 @@ class Receipt:
     num_bytes: int
     seconds: float
     predicted_seconds: float
-    """What the device's rates said before."""
+    """What was said before, from the device's rates and the time of the model's passes."""
     peak_memory_bytes: int
     """Largest memory of the worker so far: resident on a CPU, reserved on a GPU."""
     process: int
@@ -114,6 +119,7 @@ class Worker:
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
+        start = time.monotonic()
         settle_torch(spec.compute)
         memory.keep_heap_ready()
         self._spec = spec
@@ -125,6 +131,7 @@ class Worker:
         self._turn = 0
         self._halved = 0
         self._predicted = 0.0
+        self._load_seconds = time.monotonic() - start
 
     # ------------------------------------------------------------ jobs
 
@@ -176,29 +183,38 @@ class Worker:
         return features
 
     def prepare(self) -> None:
-        """Trace the longest examples, while nothing else is in memory.
-
-        The engine checks itself against autograd on first sight, which takes a gradient of all
-        parameters; and it learns the model's pattern here rather than from whichever cell comes
-        first, so that cells do not depend on their order.
+        """Trace the longest examples, while nothing else is in memory, and measure what is new.
 
         Raises:
             RunError: if the problem has a linear head that is not stored yet.
+            InputError: if a pattern of `solver_groups` matches no layer group.
         """
         if not self._may_compute:
             raise RunError(
                 f"kernel {self._spec.fingerprint} has no linear head: expected one, because the "
                 "kernel of prompt=none starts from a linear probe. Fit and store it first."
             )
-        longest = self._longest
-        for examples in (longest[:1], longest):
-            for capture in self._streamer.stream(self._batch(examples)):
-                del capture
+        self._learn()
+        select_groups(self._groups, groups=self._spec.solver_groups)
         if self._spec.kernel.precision.is_reduced and not self._handle.has_pinned("precision"):
             self._handle.pin("precision", self._precision_error())
         if self._spec.kernel.projection.is_on and not self._handle.has_pinned("projection"):
             self._handle.pin("projection", self._projection_error())
+        if self._adapted and not self._handle.has_pinned("lora"):
+            self._handle.pin("lora", self._lora_error())
         memory.trim_heap()
+
+    def _learn(self) -> None:
+        """Trace the longest examples, and time it.
+
+        The engine checks itself against autograd on first sight, which takes a gradient of all
+        parameters; and it learns the model's pattern here rather than from whichever cell comes
+        first, so that cells do not depend on their order.
+        """
+        for examples in (self._longest[:1], self._longest):
+            for capture in self._streamer.stream(self._batch(examples)):
+                del capture
+        _ = self._passes
 
     def _precision_error(self) -> dict[str, Json]:
         """Relative Frobenius errors of a reduced precision on the longest examples."""
@@ -234,12 +250,34 @@ class Worker:
             max_bytes=memory.GRAM_BYTES,
         )
 
+    def _lora_error(self) -> dict[str, Json]:
+        """Errors of a LoRA kernel on the first examples, beside the bound for all of them."""
+        spec, problem = self._spec, self._problem
+        num_examples = len(spec.encoded.input_ids)
+        with varying(problem.module, compared_parameters(self._adapted)):
+            tracer = Tracer(problem.module, problem.readout)
+            streamer = Streamer(tracer)
+            factors = tracer.capture(self._batch(self._longest[:1])).num_bytes
+            sample = memory.sample_size(
+                factors, self._footprint, spec.compute, most=min(sketches.SAMPLE, num_examples)
+            )
+            return lora_distortion(
+                self._captured(range(sample), tracer, streamer),
+                self._adapted,
+                rank=spec.parameters.r,
+                num_gradients=num_examples * spec.num_labels,
+                rates=self._rates,
+                max_bytes=memory.GRAM_BYTES,
+            )
+
     def plan(self) -> WorkerPlan:
         """Memory, chunks, operations and methods of a full cell; computes no block.
 
         Returns:
             The plan.
         """
+        start = time.monotonic()
+        self._learn()
         return plan_of(
             self._problem.module,
             self._tracer.capture(self._batch(self._longest[:1])),
@@ -248,6 +286,8 @@ class Worker:
             sizes=self._sizes,
             kernel=self._spec.kernel,
             rates=self._rates,
+            passes=self._passes,
+            start_seconds=self._load_seconds + time.monotonic() - start,
             streamed=self._streamer.blocks,
             fallbacks=self._tracer.fallbacks,
             num_groups=len(self._groups),
@@ -370,13 +410,17 @@ class Worker:
 
     def _factors(self, examples: range) -> Iterator[Capture]:
         """Factors of a chunk: one transformer block's at a time, or all at once."""
-        num_tokens = sum(len(self._spec.encoded.input_ids[i]) for i in examples)
-        self._predicted += self._rates.seconds(num_tokens * self._token_flops, 0.0)
+        ids = self._spec.encoded.input_ids
+        passes = split(self._by_length(examples), self._sizes.batch)
+        self._predicted += self._passes.seconds(len(own) * len(ids[own[0]]) for own in passes)
+        yield from self._captured(examples, self._tracer, self._streamer)
+
+    def _captured(self, examples: range, tracer: Tracer, streamer: Streamer) -> Iterator[Capture]:
         batches = [self._batch(b) for b in split(self._by_length(examples), self._sizes.batch)]
         if self._sizes.stream:
-            found = zip(*(self._streamer.stream(batch) for batch in batches), strict=True)
+            found = zip(*(streamer.stream(batch) for batch in batches), strict=True)
         else:
-            found = zip(*([self._tracer.capture(batch)] for batch in batches), strict=True)
+            found = zip(*([tracer.capture(batch)] for batch in batches), strict=True)
         for pieces in found:
             memory.trim_heap()
             yield Capture.concatenate(pieces, after_group=memory.trim_heap)
@@ -401,6 +445,13 @@ class Worker:
         signs = any(kind.has_signs for kind in self._spec.kernel.kinds)
         return Tracer(self._problem.module, self._problem.readout, signs=signs)
 
+    @cached_property
+    def _adapted(self) -> dict[str, float]:
+        """Layers whose LoRA's kernel is compared with their weight's: theory knows sgd alone."""
+        kinds, method = self._spec.kernel.stored_kinds, self._spec.parameters.method
+        compared = method is Method.lora and Kind.sgd in kinds
+        return adapted_layers(self._problem.module) if compared else {}
+
     @property
     def _groups(self) -> tuple[str, ...]:
         """Layer groups of a block."""
@@ -420,13 +471,20 @@ class Worker:
         return Rates(**self._handle.pin("rates", asdict(measured)))
 
     @cached_property
-    def _token_flops(self) -> float:
-        return token_flops(
-            self._problem.module,
-            self._spec.num_labels,
-            streamed=self._streamer.blocks,
-            again=self._sizes.stream,
-        )
+    def _passes(self) -> PassRate:
+        """Of this process now; no number of the kernel depends on it."""
+        first = self._longest[:1]
+
+        def run(count: int) -> None:
+            batch = self._batch(first * count)
+            if self._sizes.stream:
+                for capture in self._streamer.stream(batch):
+                    del capture
+            else:
+                self._tracer.capture(batch)
+
+        num_tokens = len(self._spec.encoded.input_ids[first[0]])
+        return pass_rate(run, num_tokens, self._spec.compute.device, most=self._sizes.batch)
 
     @property
     def _product_flops(self) -> float:

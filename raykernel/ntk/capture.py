@@ -31,7 +31,7 @@ from raykernel.ntk.factors import (
     one_example,
 )
 from raykernel.ntk.groups import ROOT, find_groups
-from raykernel.ntk.passes import check_logits, prepared, selected_parameters
+from raykernel.ntk.passes import check_logits, is_out_of_memory, prepared, selected_parameters
 from raykernel.ntk.recorder import Call, Recorder, Recording, Watched
 
 Parts = dict[str, dict[str, tuple[Part, ...]]]
@@ -270,12 +270,10 @@ class Tracer:
             try:
                 with recorder.watching():
                     logits = self.readout(self.model, batch)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception:
+            except Exception as error:
                 # An in-place change of a leaf is cured by cloning; a value expanded to all
                 # examples where the model did not expect it, by tracing them one by one.
-                if n == 1 and clone:
+                if is_out_of_memory(error) or (n == 1 and clone):
                     raise
                 continue
             if recorder.modified():

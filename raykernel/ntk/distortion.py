@@ -12,6 +12,17 @@ Theorem D.5 (LoRA at B = 0, one token per example, h = W x + B A x, A of varianc
 |dh|² ≤ c and |x|² ≤ c the same holds with c² ε; Remark D.6: over L adapted layers with
 L c² ε and the exponent times L.
 
+Several tokens per example, G = Σ_t dh_t x_tᵀ: the kernels are ⟨G Aᵀ, G' Aᵀ⟩ and ⟨G, G'⟩. With the
+singular values σ_i and right vectors v_i of G, |G Aᵀ|² / |G|² = Σ_i σ_i² |A v_i|² / |G|² is a mean
+of squares that Lemma D.3 bounds one by one, so by Jensen its moment generating function is no
+larger than the largest of theirs, from which both tails follow. So D.5 holds for every token count
+with |G| |G'| (≤ c² for one token) in place of c²; `compute.lora_error` measures that. If it holds
+in every module, it holds for their sum, too: Σ_l |G_l| |G'_l| ≤ |G| |G'|.
+
+D.5 wants Gaussian A, PEFT draws it uniformly. Scaled to the same variance a uniform entry has no
+larger even moments than the Gaussian, which is all that the lemma's proof asks of it (Achlioptas
+2003, Database-friendly random projections, section 5), so that the bound holds for PEFT's A, too.
+
 On the text: Lemma D.3 allows entries from U(-1, 1), which is right only if it means -1 or 1 with
 equal probability. The uniform distribution has variance 1/3 and would give a third of the kernel.
 D.4 does not say that A needs variance 1/k: with variance v (PEFT: 1/3 over the layer's inputs) the

@@ -181,6 +181,9 @@ def magnitude(part: Part) -> Float[Tensor, "n c"]:
 
         Σ_t |b_t| |a_t| / sqrt(p)
 
+    over the p coordinates of the parameter; where rows of it are read by index (`Lookup`, label
+    words), over the rows that the example's gradient touches, the others being zero anyway.
+
     What rounding leaves of a gradient that is zero (attention's key bias: Σ_t b_t = 0) is small
     against it, but not against the gradient's own root mean square.
 
@@ -200,7 +203,13 @@ def magnitude(part: Part) -> Float[Tensor, "n c"]:
         single: Tensor = of_tokens.norm(dim=2) / (alive * max(b.shape[3], 1)) ** 0.5
         return single
     lengths = b.norm(dim=3) * _raised(part.inputs).norm(dim=2).unsqueeze(1)
-    total: Tensor = lengths.sum(2) / max(part.num_rows * part.width, 1) ** 0.5
+    if part.rows is None:
+        whole: Tensor = lengths.sum(2) / max(part.num_rows * part.width, 1) ** 0.5
+        return whole
+    # Of a head's rows those that this example and output touch; the company decides which others
+    # are listed.
+    touched = (b != 0).any(2).sum(2).clamp_(min=1)
+    total: Tensor = lengths.sum(2) / (touched * max(part.width, 1)) ** 0.5
     return total
 
 

@@ -17,6 +17,7 @@ block, two outputs; both sides formed, one side packed before, and both):
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,16 +44,11 @@ _CPU_TILE_BYTES = 1 << 24
 """Small enough to be read back from cache."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedRows:
-    """Signs of a whole parameter by example and output."""
+class _Side(ABC):
+    """Packed signs as a side of a product."""
 
-    codes: UInt8[Tensor, "n c q"]
-    """q = ceil(p / 4), the parameter's coordinates in order."""
-    num_rows: int
-    width: int
-    dtype: torch.dtype
-    """In which the gradients are summed."""
+    __slots__ = ()
+    codes: UInt8[Tensor, "n c ..."]
 
     @property
     def num_gradients(self) -> int:
@@ -64,12 +60,28 @@ class PackedRows:
         """Where they are."""
         return self.codes.device
 
-    def support(self) -> None:
-        """Ascending rows of the parameter that can be non-zero; None: all of them."""
+    @abstractmethod
+    def row_block(self, rows: Int[Tensor, " s"] | slice) -> RowBlock:
+        """Signs of these rows of the parameter."""
 
     def tile(self, rows: Int[Tensor, " s"] | slice) -> dict[str, Float[Tensor, "nc p"]]:
         """Signs of these rows of the parameter, as a side of a product."""
         return {"sign": self.row_block(rows).flatten(2).flatten(0, 1)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows(_Side):
+    """Signs of a whole parameter by example and output."""
+
+    codes: UInt8[Tensor, "n c q"]
+    """q = ceil(p / 4), the parameter's coordinates in order."""
+    num_rows: int
+    width: int
+    dtype: torch.dtype
+    """In which the gradients are summed."""
+
+    def support(self) -> None:
+        """Ascending rows of the parameter that can be non-zero; None: all of them."""
 
     def row_block(self, rows: Int[Tensor, " s"] | slice) -> RowBlock:
         """Signs of these rows of the parameter."""
@@ -90,7 +102,7 @@ class PackedRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedLookup:
+class PackedLookup(_Side):
     """Signs of the few rows of a parameter that an example touches: its tokens, label words."""
 
     ids: Int[Tensor, "n s"]
@@ -102,27 +114,13 @@ class PackedLookup:
     """In which the gradients are summed."""
 
     @property
-    def num_gradients(self) -> int:
-        """Rows of a block that they make."""
-        return self.codes.shape[:2].numel()
-
-    @property
     def num_rows(self) -> None:
         """Rows of the parameter, which are not known."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.codes.device
 
     def support(self) -> Int[Tensor, " s"]:
         """Ascending rows of the parameter that can be non-zero."""
         rows: Tensor = torch.unique(self.ids)
         return rows[rows >= 0]
-
-    def tile(self, rows: Int[Tensor, " s"] | slice) -> dict[str, Float[Tensor, "nc p"]]:
-        """Signs of these rows of the parameter, as a side of a product."""
-        return {"sign": self.row_block(rows).flatten(2).flatten(0, 1)}
 
     def row_block(self, rows: Int[Tensor, " s"] | slice) -> RowBlock:
         """Signs of these rows of the parameter."""
@@ -189,6 +187,9 @@ def signed_capture(
 
     Returns:
         Its signs.
+
+    Raises:
+        NonFiniteError: if a gradient overflows.
     """
     names = capture.names
     packed: dict[str, Packed] = {}
@@ -196,7 +197,7 @@ def signed_capture(
         for name in names[group]:
             uses = [part for own in capture.parts.values() for part in own.pop(name, ())]
             if uses:  # else they were packed with those of an earlier group
-                packed[name] = _packed(uses, dead_zone, max_bytes)
+                packed[name] = _packed(name, uses, dead_zone, max_bytes)
             del uses
         if after_group is not None:
             after_group()
@@ -251,9 +252,9 @@ def _num_bytes(parts: Sequence[Part]) -> int:
     return n * each * (c * -(-parts[0].width // 4) + 8)
 
 
-def _packed(parts: Sequence[Part], dead_zone: float, max_bytes: int) -> Packed:
+def _packed(name: str, parts: Sequence[Part], dead_zone: float, max_bytes: int) -> Packed:
     """Signs of one parameter."""
-    limit = signs.threshold(parts, dead_zone)
+    limit = signs.threshold(parts, dead_zone, name=name)
     num_rows = num_rows_of(parts)
     if num_rows is None:
         return _packed_lookup(parts, limit)

@@ -1,5 +1,8 @@
 """How fast a device is: two constants, measured once, that decide between equal ways.
 
+What they cannot say is how long a pass of a given model takes: attention, normalisations and
+hooks are no matrix products. That is measured on the model (`pass_rate`), for predictions alone.
+
 The direct and the factored contraction differ in what bounds them, matrix products or elementwise
 traffic, and devices differ in the ratio of the two. The measurement takes a tenth of a second and
 is kept in the user's cache, so that later runs on this machine choose alike.
@@ -12,7 +15,7 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +25,9 @@ import torch
 from raykernel.cache import cache_folder
 
 _REPEATS = 5
+
+_SAMPLE_SECONDS = 0.3
+"""That timing the passes of a model may take beyond a pass over two examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,56 @@ class Rates:
     def seconds(self, flops: float, num_bytes: float) -> float:
         """Predicted time of so much work."""
         return flops / self.flops + num_bytes / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class PassRate:
+    """Time of a model's passes over tokens, those of padding among them."""
+
+    fixed: float
+    """Seconds of a pass, whatever its tokens."""
+    token: float
+    """Seconds of a token."""
+
+    def seconds(self, tokens_of_passes: Iterable[int]) -> float:
+        """Predicted time of several passes.
+
+        Args:
+            tokens_of_passes: by pass.
+
+        Returns:
+            The sum.
+        """
+        return sum(self.fixed + self.token * tokens for tokens in tokens_of_passes)
+
+
+def pass_rate(
+    run: Callable[[int], object], num_tokens: int, device: torch.device | str, *, most: int
+) -> PassRate:
+    """Time passes over one example and over several, and draw the line through both.
+
+    Args:
+        run: makes a pass over so many examples; what happens only once has happened.
+        num_tokens: of each of them.
+        device: where.
+        most: examples of a pass at the most.
+
+    Returns:
+        The rate. It varies from call to call, so that nothing but a prediction may depend on it.
+    """
+    device = torch.device(device)
+    # One thread's own time does not grow while others have the core.
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
+    one = _best(lambda: run(1), device, repeats=2, clock=clock)
+    affordable = int(_SAMPLE_SECONDS / max(one, 1e-9))
+    count = min(most, max(2, affordable))
+    if count < 2:
+        return PassRate(0.0, one / num_tokens)
+    repeats = max(1, min(_REPEATS, affordable // count))
+    several = _best(lambda: run(count), device, repeats=repeats, clock=clock)
+    token = max(several - one, 0.0) / ((count - 1) * num_tokens)
+    return PassRate(max(one - token * num_tokens, 0.0), token)
 
 
 def rates_of(device: torch.device | str) -> Rates:
@@ -93,13 +149,19 @@ def measure(device: torch.device) -> Rates:
     return Rates(2.0 * size**3 / product, 3.0 * 4 * table_size / elementwise)
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
+def _best(
+    work: Callable[[], object],
+    device: torch.device,
+    *,
+    repeats: int = _REPEATS + 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Shortest of several runs, in seconds: whatever else runs only makes it longer."""
     best = float("inf")
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
+    for _ in range(repeats):
+        start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best

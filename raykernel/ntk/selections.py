@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -86,3 +87,25 @@ def norm_groups(model: nn.Module) -> frozenset[str]:
         for path, module in model.named_modules()
         if re.search(r"norm(\dd)?$", type(module).__name__, re.IGNORECASE)
     )
+
+
+@contextmanager
+def varying(model: nn.Module, names: frozenset[str]) -> Iterator[None]:
+    """Context in which only these parameters vary, under any of their names.
+
+    Args:
+        model: the network; its flags are as before afterwards, also after an error.
+        names: of parameters.
+
+    Yields:
+        Nothing.
+    """
+    before = {p: p.requires_grad for p in model.parameters()}
+    chosen = {p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)

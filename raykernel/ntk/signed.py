@@ -32,6 +32,7 @@ def signed(
     *,
     dead_zone: float,
     max_bytes: int,
+    name: str = "a parameter",
 ) -> dict[Kind, Float[Tensor, "nc mc"]]:
     """Blocks of one parameter for several kinds, its whole gradient formed tile by tile once.
 
@@ -41,13 +42,17 @@ def signed(
         kinds: kernels wanted, which need no gradient of a side of signs.
         dead_zone: see `signs.signs`.
         max_bytes: bound on a tile of both sides and their signs.
+        name: of the parameter.
 
     Returns:
         The blocks, examples and outputs flattened; sums of signs are exact integers.
+
+    Raises:
+        NonFiniteError: if a gradient overflows.
     """
     symmetric = left is right
-    rows = _side(left, dead_zone)
-    cols = rows if symmetric else _side(right, dead_zone)
+    rows = _side(left, dead_zone, name)
+    cols = rows if symmetric else _side(right, dead_zone, name)
     shape = [rows.num_gradients, cols.num_gradients]
     dtype = torch.promote_types(rows.dtype, cols.dtype)
     # A tile's sum of signs is below 2^24, so exact in float32; the sum over tiles needs more.
@@ -104,9 +109,9 @@ class _Formed:
         return {"gradient": gradient, "sign": signs.signs(gradient, self.limit)}
 
 
-def _side(uses: Sequence[Part] | Packed, dead_zone: float) -> _Formed | Packed:
+def _side(uses: Sequence[Part] | Packed, dead_zone: float, name: str) -> _Formed | Packed:
     if isinstance(uses, Sequence):
-        return _Formed(uses, signs.threshold(uses, dead_zone))
+        return _Formed(uses, signs.threshold(uses, dead_zone, name=name))
     return uses
 
 

@@ -15,23 +15,39 @@ import torch
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
+from raykernel.errors import NonFiniteError
 from raykernel.ntk.factors import Part, magnitude
 
 DEAD_ZONE = 1e-5
 """Default: a hundred times the rounding of float32, and 1e-5 of all signs that are none."""
 
 
-def threshold(parts: Sequence[Part], dead_zone: float) -> Float[Tensor, "nc 1"]:
+def threshold(
+    parts: Sequence[Part], dead_zone: float, *, name: str = "a parameter"
+) -> Float[Tensor, "nc 1"]:
     """Absolute value up to which a coordinate of one parameter counts as zero.
 
     Args:
         parts: every use of the parameter.
         dead_zone: relative to `magnitude`.
+        name: of the parameter.
 
     Returns:
         One value per example and output, flattened.
+
+    Raises:
+        NonFiniteError: if an example's gradient may be NaN or infinite, which has no sign.
     """
     total = torch.stack([magnitude(part) for part in parts]).sum(0)
+    # No coordinate, and no part of its sum over tokens, is larger than the sum of |b_t| |a_t|: the
+    # gradient needs no look of its own.
+    broken = ~total.isfinite().all(1)
+    if bool(broken.any()):
+        raise NonFiniteError(
+            f"{name}: the gradient of example {int(broken.nonzero()[0])} of the batch overflows "
+            f"{total.dtype}, expected finite values, for NaN has no sign. Use "
+            "kernel.precision=float64."
+        )
     return dead_zone * total.flatten().unsqueeze(1)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from raykernel.ntk.batches import Batch, check_batch
 from raykernel.ntk.capture import Capture, Gradients, Parts, Tracer, gradients_of, pattern_of
 from raykernel.ntk.contract import gram
-from raykernel.ntk.passes import check_logits
+from raykernel.ntk.passes import check_logits, is_out_of_memory
 from raykernel.ntk.recorder import Call, Recorder
 
 _TOLERANCE, _NOISE = 4e-6, 1e-4
@@ -204,9 +204,10 @@ class Streamer:
         try:
             with recorder.watching():
                 out = _hidden(block(hidden, *given.others, **given.options))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # it keeps something from the first run, such as a cache
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # It keeps something from the first run, such as a cache.
             raise NotAChainError from error
         if recorder.modified() or recorder.uncovered:
             raise NotAChainError

@@ -10,7 +10,7 @@
       linearized-<iiii>.arrow    J(x) (θ_FT − θ_PT) of a row block of test (linearized.py), in the
                                  kernel of fine-tuned weights, whose logits are at these
       head.arrow                 linear head, where there is one
-      rates.json, precision.json, projection.json
+      rates.json, precision.json, projection.json, lora.json
                                  what the first worker measured, see `pin`
       result-<key>.parquet       result rows (results.py)
 
@@ -43,6 +43,9 @@ from raykernel.store.groups import select_groups
 from raykernel.store.manifest import Manifest
 from raykernel.store.pieces import Place, entries, place
 from raykernel.terms import Kind
+
+PINNED = ("rates", "precision", "projection", "lora")
+"""What a kernel's first worker measures, see `KernelHandle.pin`."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +211,13 @@ class KernelHandle:
         """Keep what holds for this kernel from its first worker on, such as a measurement.
 
         Args:
-            name: what it is.
+            name: what it is, one of `PINNED`.
             value: what holds if nothing is kept yet.
 
         Returns:
             What is kept: of several processes' values, the same one for all.
         """
+        assert name in PINNED, name
         path = self.path / f"{name}.json"
         if not path.exists():
             commit_first(path, json.dumps(value, sort_keys=True).encode())

@@ -72,6 +72,8 @@ TABLES = {
                 ("iterations", pa.int64()),
                 ("residual", pa.float64()),
                 ("condition_number", pa.float64()),
+                ("lora_error", pa.float64()),  # largest of an entry, of a LoRA, over |g| |g'|
+                ("lora_bound", pa.float64()),  # of Theorem D.5 on that; null: it says nothing
                 ("groups", _TEXTS),  # patterns; empty: all
                 ("blocks_total", pa.int64()),
                 ("blocks_computed", pa.int64()),  # by this run; the others were stored

@@ -14,7 +14,7 @@ from raykernel.store.arrowfile import damage, read, read_header
 from raykernel.store.blockfile import Names
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import stale_temporaries
-from raykernel.store.kernels import KernelHandle
+from raykernel.store.kernels import PINNED, KernelHandle
 from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import TABLES, read_row_file
@@ -182,7 +182,7 @@ def _check_prediction(handle: KernelHandle, file: Path, i: int) -> None:
 def _check_other(handle: KernelHandle, file: Path) -> None:
     if file.name == "head.arrow":
         read(file, check=True)
-    elif file.name in ("rates.json", "precision.json", "projection.json"):
+    elif file.suffix == ".json" and file.stem in PINNED:
         handle.read_pinned(file.stem)
     elif file.match("result-*.parquet"):
         read_row_file(file, TABLES["kernels"].schema)

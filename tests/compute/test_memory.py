@@ -22,6 +22,7 @@ from raykernel.compute.memory import (
     chunk_sizes,
     halved,
     peak_resident_bytes,
+    sample_size,
     sketch_sizes,
     slowness,
 )
@@ -151,6 +152,14 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
     huge = dataclasses.replace(FOOTPRINT, weights=28 * GIB)
     with pytest.raises(InputError, match=r"memory_gb: found 4, expected at least 29\.\d\d GiB"):
         chunk_sizes(huge, ComputeConfig(), block_size=16, num_outputs=2)
+
+
+def test_a_sample_is_as_large_as_fits_and_never_empty() -> None:
+    """Room for 100 MiB of factors beside model, block, process and a pass; 1.1 of them each."""
+    fixed = (100 + 3 + 3 * 64 + 640 + 200 + 2 * 50) * MIB
+    compute = ComputeConfig(memory_gb=(fixed + 100 * MIB) / GIB)
+    found = [sample_size(f * MIB, FOOTPRINT, compute, most=8) for f in (1, 12, 30, 45, 100, 500)]
+    assert found == [8, 7, 3, 2, 1, 1]
 
 
 def test_the_peak_is_this_processes_own() -> None:

@@ -289,7 +289,7 @@ def test_a_plan_is_made_without_the_matrices(tmp_path: Path, model: ModelConfig)
     assert set(plan.methods.values()) == {"rademacher to 32"}
     assert plan.num_groups == exact.num_groups > groups == len(exact.methods)
     assert plan.sizes.sketched
-    assert plan.block_flops == groups * 2 * 4 * 4 * 2 * 2 * 32
+    assert plan.contraction(4, 4, diagonal=False).flops == groups * 2 * 4 * 4 * 2 * 2 * 32
     assert plan.capture_flops > exact.capture_flops
     assert plan.footprint.sketch == groups * 2 * 32 * 4
     mixed = dataclasses.replace(config, method=Projection.intrinsic_dimension)

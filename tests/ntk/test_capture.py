@@ -424,3 +424,25 @@ def test_memory_of_a_pass_grows_with_its_tokens():
     long = tracer.bytes_per_example(cases.token_batch(lengths=(20, 20), n=2))
     assert 2 * short < long < 20 * short
     assert tracer.capture(case.batch).num_bytes < 5 * long
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["host", "cuda", "allocator"],
+)
+def test_a_batch_that_memory_ran_out_for_is_not_taken_for_one_that_is_not_apart(error):
+    """Chunks can be halved then; one example at a time would be slow for good."""
+    module = torch.nn.Linear(3, 2)
+
+    def readout(model, batch):
+        if len(batch["x"]) > 1:
+            raise error
+        return model(batch["x"])
+
+    with pytest.raises(type(error)):
+        Tracer(module, readout).capture({"x": torch.ones(4, 3)})

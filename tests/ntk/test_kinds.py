@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raykernel.errors import InputError
-from raykernel.ntk.capture import Tracer
+from raykernel.errors import InputError, NonFiniteError
+from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import grams
 from raykernel.ntk.empirical import empirical_kernel
-from raykernel.ntk.factors import Rows, magnitude
+from raykernel.ntk.factors import Product, Rows, magnitude
+from raykernel.ntk.packed import signed_capture
 from raykernel.ntk.signed import signed
 from raykernel.ntk.signs import pack, signs, unpack
 from raykernel.terms import Kind
@@ -168,9 +172,41 @@ def test_magnitude_is_the_root_mean_square_of_one_token():
         part = make_part(kind, 2, 1, 5)
         expected = gradient(part).square().mean(2).sqrt()
         torch.testing.assert_close(magnitude(part), expected)
+    # Of rows read by index, over those that the example and output touch.
+    for kind in ("some_rows", "lookup"):
+        part = make_part(kind, 2, 1, 5)
+        dense = gradient(part)
+        expected = (dense.square().sum(2) / (dense != 0).sum(2)).sqrt()
+        torch.testing.assert_close(magnitude(part), expected)
     rows = make_part("rows", 2, 1, 5)
     torch.testing.assert_close(magnitude(rows), gradient(rows).square().mean(2).sqrt())
     assert torch.equal(magnitude(Rows(rows.gradients, 1, torch.ones(2, 2))), torch.ones(2, 2))
+
+
+def test_a_rows_magnitude_does_not_depend_on_rows_that_only_others_touch():
+    """Two label words: each output's gradient is one row of the head, whatever else is listed."""
+    part = make_part("some_rows", 2, 3, 5)
+    gradients = part.gradients.clone()
+    for a in range(2):
+        gradients[:, a, :, [row for row in range(4) if row != a]] = 0.0
+    listed = replace(part, gradients=gradients)
+    alone = replace(part, gradients=gradients[..., :1], rows=part.rows[:1])
+    assert torch.equal(magnitude(listed)[:, 0], magnitude(alone)[:, 0])
+
+
+@pytest.mark.parametrize("dead_zone", [0.0, 1e-5])
+@pytest.mark.parametrize("pack_first", [False, True])
+def test_a_gradient_that_is_not_a_number_has_no_sign(dead_zone, pack_first):
+    """1e30 · 1e30 - 1e30 · 1e30 = NaN in float32, whose sign would pass for 0."""
+    gradients = torch.ones(3, 2, 2, 4)
+    inputs = torch.ones(3, 2, 5)
+    gradients[1] *= torch.tensor([1e30, -1e30]).view(1, 2, 1)
+    inputs[1] *= 1e30
+    part = Product(inputs, gradients, None, transposed=False)
+    capture = Capture(torch.zeros(3, 2), {"layer": {"layer.weight": (part,)}}, {})
+    take = signed_capture if pack_first else partial(grams, cols=capture, kinds=[Kind.signgd])
+    with pytest.raises(NonFiniteError, match=r"layer\.weight: the gradient of example 1 of"):
+        take(capture, dead_zone=dead_zone)
 
 
 @given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=40))

@@ -12,7 +12,7 @@ from torch import nn
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.ntk.distortion import error_bound, projection_error
-from raykernel.ntk.factors import Lookup, Product, Rows
+from raykernel.ntk.factors import Product, Rows
 from raykernel.ntk.groups import layer_groups
 from raykernel.ntk.project import (
     WHOLE,
@@ -24,10 +24,12 @@ from raykernel.ntk.project import (
 from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from tests import cases, oracles
 from tests.cases import normal
+from tests.parts import KINDS as PARTS
+from tests.parts import VOCAB, WIDTH, C, gradient
+from tests.parts import make_part as make_part_of_tokens
 
 BOTH = pytest.mark.parametrize("entries", list(Entries), ids=lambda entries: entries.value)
 TINY = pytest.mark.parametrize("max_bytes", [1, 3000, 1 << 26])
-C, ROWS, WIDTH = 2, 7, 3
 
 
 def lora():
@@ -164,39 +166,13 @@ def test_intrinsic_dimension_is_the_kernel_of_the_model_in_random_directions(nam
 
 
 # ------------------------------------------------------------------ one part of every kind
+KINDS = (*PARTS, "no_token")
+
+
 def make_part(kind, n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    t = 4
-    if kind == "lookup":
-        ids = torch.randint(0, ROWS, (n, t), generator=generator)
-        return Lookup(ids, normal(n, C, t, WIDTH, seed=seed))
     if kind == "no_token":
-        return Lookup(torch.zeros(n, 0, dtype=torch.long), normal(n, C, 0, WIDTH))
-    if kind == "rows":
-        return Rows(normal(n, C, ROWS * WIDTH, seed=seed), ROWS)
-    if kind == "product":
-        inputs, gradients = normal(n, t, WIDTH, seed=seed), normal(n, C, t, ROWS, seed=seed + 1)
-        return Product(inputs, gradients, None, False)
-    if kind == "turned":
-        inputs, gradients = normal(n, t, ROWS, seed=seed), normal(n, C, t, WIDTH, seed=seed + 1)
-        return Product(inputs, gradients, None, True)
-    rows = torch.tensor([0, 1, 4, 6])
-    return Product(normal(n, t, WIDTH, seed=seed), normal(n, C, t, 4, seed=seed + 1), rows, False)
-
-
-KINDS = ("lookup", "no_token", "rows", "product", "turned", "some_rows")
-
-
-def gradient(part):
-    """(n, c, ROWS · WIDTH), from rows that are tested against the definition elsewhere."""
-    n, c = part.gradients.shape[:2]
-    total = torch.zeros(n, c, ROWS, WIDTH, dtype=torch.float64)
-    rows = part.support()
-    if rows is None:
-        total += part.row_block(slice(0, ROWS))
-    elif len(rows):
-        total[:, :, rows] = part.row_block(rows)
-    return total.flatten(2)
+        return make_part_of_tokens("lookup", n, 0, seed)
+    return make_part_of_tokens(kind, n, 4, seed)
 
 
 def sole(part):
@@ -214,7 +190,7 @@ def sketch_of(capture):
 def test_parts_are_projected_as_their_gradients_in_any_tiles(kind, entries, max_bytes):
     part = make_part(kind, 3, 0)
     matrices = RandomMatrices(5, entries=entries)
-    dense = matrices.columns("layer.weight", 0, ROWS * WIDTH)
+    dense = matrices.columns("layer.weight", 0, VOCAB * WIDTH)
     found = sketch_of(project(sole(part), matrices, max_bytes=max_bytes))
     assert torch.allclose(found, gradient(part) @ dense / 5**0.5, rtol=1e-12, atol=1e-12)
 
@@ -225,7 +201,7 @@ def test_parts_are_projected_as_their_gradients_in_any_tiles(kind, entries, max_
 def test_parts_are_projected_on_two_sides_as_their_gradients(kind, entries, max_bytes):
     part = make_part(kind, 3, 0)
     rows, cols = RandomMatrices(4, entries=entries), RandomMatrices(2, seed=1, entries=entries)
-    p = rows.columns("layer.weight (rows)", 0, ROWS).T
+    p = rows.columns("layer.weight (rows)", 0, VOCAB).T
     q = cols.columns("layer.weight (columns)", 0, WIDTH).T
     found = sketch_of(project_two_sided(sole(part), rows, cols, max_bytes=max_bytes))
     expected = gradient(part) @ torch.kron(p, q).T / 8**0.5
@@ -235,7 +211,7 @@ def test_parts_are_projected_on_two_sides_as_their_gradients(kind, entries, max_
 def two_uses_of_one_matrix():
     """A capture of a tied matrix and a bias, and its exact blocks."""
     first, second = make_part("lookup", 2, 0), make_part("some_rows", 2, 3)
-    bias = Rows(normal(2, C, ROWS, seed=9), ROWS)
+    bias = Rows(normal(2, C, VOCAB, seed=9), VOCAB)
     parts = {"a": {"w": (first,)}, "b": {"w": (second,), "bias": (bias,)}}
     capture = Capture(normal(2, C), parts, {"cross(a, b)": ("a", "b")})
     return capture, gram(capture, capture)
