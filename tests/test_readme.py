@@ -17,7 +17,7 @@ from tests import cases
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOINED = README.replace("\\\n", " ")
-COMMANDS = sorted(set(re.findall(r"raykernel (?:kernel|plan|doctor) [^`\n|]+", JOINED)))
+COMMANDS = sorted(set(re.findall(r"raykernel (?:kernel|plan|doctor|finetune) [^`\n|]+", JOINED)))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" not in c])
