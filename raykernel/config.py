@@ -370,6 +370,10 @@ class TrainingConfig:
     """Decay of Adam's two moments."""
     eps: float = 1e-8
     """Adam's ε."""
+    intrinsic_dimension: int | None = None
+    """Train so many numbers z, θ = θ_0 + Π z with a random Π (Li et al. 2018); null: θ itself."""
+    intrinsic_seed: int = 0
+    """Seed of Π: kernel.projection.seed of the kernel that describes it."""
     seed: int = 0
     """Seed of the order of examples and of dropout."""
     precision: Precision = Precision.float32
@@ -381,7 +385,7 @@ class TrainingConfig:
         key = "training."
         require(self.learning_rate > 0, f"{key}learning_rate", self.learning_rate, "more than 0")
         require(self.batch_size >= 1, f"{key}batch_size", self.batch_size, "at least 1")
-        for name in ("steps", "eval_every"):
+        for name in ("steps", "eval_every", "intrinsic_dimension"):
             value = getattr(self, name)
             require(value is None or value >= 1, key + name, value, "at least 1, or null")
         norm = self.max_grad_norm

@@ -233,6 +233,7 @@ def _row(
         "k": config.task.k,
         "seed": config.task.seed,
         "method": config.parameters.method.value,
+        "intrinsic_dimension": training.intrinsic_dimension,
         "optimizer": training.optimizer.value,
         "loss": training.loss.value,
         "learning_rate": training.learning_rate,
@@ -300,12 +301,12 @@ def show_trial(outcome: TrialOutcome, screen: Screen) -> None:
     when = ", stored before (0 steps done now)" if outcome.was_stored else ""
     screen.out.print(
         f"Trial {outcome.trial}{when}: {row['steps']} steps of {row['batch_size']} examples, "
-        f"learning rate {row['learning_rate']:g}, {row['num_parameters']:,} parameters, "
+        f"learning rate {row['learning_rate']:g}, {row['num_parameters']:,} trained numbers, "
         f"{duration(row['seconds'])}, peak {size(row['peak_memory_bytes'])}. "
         + (
-            f"The best of them are in {outcome.files.weights}"
+            f"The best are in {outcome.files.weights}"
             if row["weights_checksum"]
-            else "None of them are kept"
+            else "None are kept"
         ),
         markup=False,
     )

@@ -91,6 +91,7 @@ TABLES = {
                 ("k", pa.int64()),
                 ("seed", pa.int64()),  # of the few-shot sample
                 ("method", pa.string()),  # full, lora: which parameters are trained
+                ("intrinsic_dimension", pa.int64()),  # null: not confined to random directions
                 ("optimizer", pa.string()),
                 ("loss", pa.string()),
                 ("learning_rate", pa.float64()),

@@ -29,6 +29,7 @@ from raykernel.config import Json, TrainingConfig
 from raykernel.errors import RunError
 from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.passes import checked_logits, selected_parameters
+from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from raykernel.terms import Loss, Metric, Precision, Split
 from raykernel.training.optimizers import (
     learning_rate,
@@ -36,6 +37,7 @@ from raykernel.training.optimizers import (
     make_optimizer,
     state_tensors,
 )
+from raykernel.training.subspace import Subspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +161,10 @@ class Trainer:
         self._parameters = selected_parameters(module)
         self._device = next(iter(self._parameters.values())).device
         self._start = _values(self._parameters)
-        self._optimizer = make_optimizer(self._parameters.values(), training)
+        self._subspace = _subspace(self._parameters, training)
+        # What the optimiser moves: the parameters, or coordinates of which they are a function.
+        self._variables = self._parameters if self._subspace is None else {"z": self._subspace.z}
+        self._optimizer = make_optimizer(self._variables.values(), training)
         self._best: Point | None = None
         self._best_values: dict[str, Tensor] = {}
         self._zero_shot = math.nan
@@ -205,11 +210,11 @@ class Trainer:
         if self._best is None:
             raise RuntimeError("Found no evaluated step, expected at least one.")
         start = time.monotonic()
-        _assign(self._parameters, self._best_values)
+        self._set(self._best_values)
         test = self._scored(Split.test)[1]
         self._seconds += time.monotonic() - start
         return FineTuned(
-            parameters={name: value.cpu() for name, value in self._best_values.items()},
+            parameters={name: v.cpu() for name, v in _values(self._parameters).items()},
             best=self._best,
             zero_shot=self._zero_shot,
             test=test,
@@ -223,22 +228,22 @@ class Trainer:
         loss = self._gradient(self._batch_of(self.step))
         limit = self._training.max_grad_norm
         norm = float(
-            nn.utils.clip_grad_norm_(
-                self._parameters.values(), math.inf if limit is None else limit
-            )
+            nn.utils.clip_grad_norm_(self._variables.values(), math.inf if limit is None else limit)
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged("loss", loss, norm, rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+        if self._subspace is not None:
+            self._subspace.move()
         self._losses.append(loss)
         self.step += 1
         return rate, norm
 
     def _gradient(self, indices: Sequence[int]) -> float:
         """Leave the gradient of everything that is minimised in `.grad`; the mean loss."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._module.zero_grad(set_to_none=True)
         total = 0.0
         self._module.train(self._training.dropout)
         with self._dropout():
@@ -247,6 +252,8 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
         # A penalty on the parameters adds its gradient here: after the loss, before clipping.
+        if self._subspace is not None:
+            self._subspace.pull_back()
         return total
 
     def _batch_of(self, step: int) -> Sequence[int]:
@@ -289,7 +296,7 @@ class Trainer:
     def _evaluate(self, rate: float, norm: float) -> None:
         point = self._point(rate, norm)
         if self._best is None or point.dev_score > self._best.dev_score:
-            self._best, self._best_values = point, _values(self._parameters)
+            self._best, self._best_values = point, _values(self._variables)
 
     def _point(self, rate: float, norm: float | None) -> Point:
         loss, dev = self._scored(Split.dev)
@@ -337,6 +344,13 @@ class Trainer:
 
     # ------------------------------------------------------------ checkpoints
 
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, variable in self._variables.items():
+            variable.copy_(values[name])
+        if self._subspace is not None:
+            self._subspace.move()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Json]]:
         """What a trainer of the same trial needs to go on after this step, an evaluated one.
 
@@ -344,8 +358,8 @@ class Trainer:
             Tensors, not copied, and facts that are JSON.
         """
         parts = {
-            "parameter": {name: p.detach() for name, p in self._parameters.items()},
-            "optimizer": state_tensors(self._optimizer, self._parameters),
+            "variable": {name: p.detach() for name, p in self._variables.items()},
+            "optimizer": state_tensors(self._optimizer, self._variables),
         }
         best = None if self._best is None else self._best.step
         if best not in (None, self.step):
@@ -367,18 +381,18 @@ class Trainer:
             tensors: of `state`.
             facts: of `state`.
         """
-        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "optimizer": {}, "best": {}}
+        parts: dict[str, dict[str, Tensor]] = {"variable": {}, "optimizer": {}, "best": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
-        _assign(self._parameters, parts["parameter"])
-        load_state_tensors(self._optimizer, self._parameters, parts["optimizer"])
+        self._set(parts["variable"])
+        load_state_tensors(self._optimizer, self._variables, parts["optimizer"])
         self.step, self._zero_shot = facts["step"], facts["zero_shot"]
         self._seconds = facts["seconds"]
         self.curve = [Point(**point) for point in facts["curve"]]
         if facts["best"] is not None:
             (self._best,) = (point for point in self.curve if point.step == facts["best"])
-            values = parts["best"] or parts["parameter"]
+            values = parts["best"] or parts["variable"]
             self._best_values = {n: v.to(self._device, copy=True) for n, v in values.items()}
 
 
@@ -417,10 +431,13 @@ def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-@torch.no_grad()
-def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+def _subspace(parameters: Mapping[str, nn.Parameter], training: TrainingConfig) -> Subspace | None:
+    """The random directions that the training is confined to, if it is."""
+    if training.intrinsic_dimension is None:
+        return None
+    entries = Entries.gaussian  # as the paper's, and as the kernel's
+    seed = training.intrinsic_seed
+    return Subspace(parameters, RandomMatrices(training.intrinsic_dimension, seed, entries))
 
 
 def _distance(parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> float:

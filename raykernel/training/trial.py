@@ -140,7 +140,8 @@ class Trial:
             test=found.test,
             curve=found.curve,
             seconds=found.seconds,
-            num_parameters=sum(value.numel() for value in found.parameters.values()),
+            num_parameters=spec.training.intrinsic_dimension
+            or sum(value.numel() for value in found.parameters.values()),
             weights_checksum=weights,
             peak_memory_bytes=memory.peak_bytes(spec.compute.device),
         )

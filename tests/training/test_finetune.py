@@ -276,13 +276,15 @@ def test_autocast_keeps_parameters_in_float32_and_computes_in_less():
 # ------------------------------------------------------------------ going on
 
 
+@pytest.mark.parametrize("intrinsic_dimension", [None, 4])
 @pytest.mark.parametrize("optimizer", list(Optimizer))
-def test_a_trainer_that_goes_on_from_a_state_is_the_same_to_the_bit(optimizer):
+def test_a_trainer_that_goes_on_from_a_state_is_the_same_to_the_bit(optimizer, intrinsic_dimension):
     def make() -> Trainer:
         case = cases.transformer_case("roberta")
         training = TrainingConfig(
-            optimizer=optimizer, learning_rate=0.05, batch_size=2, steps=9, eval_every=2
-        )
+            optimizer=optimizer, learning_rate=0.05, batch_size=2, steps=9, eval_every=2,
+            intrinsic_dimension=intrinsic_dimension,
+        )  # fmt: skip
         return Trainer(
             case.model, case.readout, text_examples(case), training,
             metric=Metric.accuracy, batch_size=8,
