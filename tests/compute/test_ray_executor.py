@@ -129,6 +129,15 @@ def test_a_result_that_cannot_travel_fails_its_job_alone(
     assert outcomes[4].value() == 16
 
 
+def test_a_worker_in_a_ring_of_references_is_gone_before_the_next_one_is_made(
+    executor: Executors, ray_compute: ComputeConfig
+) -> None:
+    made = executor(dataclasses.replace(ray_compute, workers=1))
+    runs = [{o.value() for o in made.run(Toy().hold_in_a_ring, range(3))} for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert {held for _, held in runs[0]} == {1}
+
+
 def test_actors_that_die_between_two_runs_are_replaced(
     executor: Executors, ray_compute: ComputeConfig
 ) -> None:

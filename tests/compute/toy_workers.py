@@ -50,8 +50,14 @@ class Toy:
         return len(path.read_text().split()) if path.exists() else 0
 
     def hold(self) -> Callable[[int], tuple[int, int]]:
-        """A job says its process, and how many workers that process holds."""
+        """A job says its process, and how many workers that held when this one was made."""
         return Holder().work
+
+    def hold_in_a_ring(self) -> Callable[[int], tuple[int, int]]:
+        """The same, of workers that refer to themselves, as large objects often do."""
+        holder = Holder()
+        holder.own = holder
+        return holder.work
 
     # ---------------------------------------------------- failing in the code
 
@@ -122,17 +128,19 @@ class Toy:
 
 
 class Holder:
-    """A worker in a ring of references, as large objects often are."""
+    """A worker that can be counted."""
 
     alive: ClassVar[weakref.WeakSet[Holder]] = weakref.WeakSet()
+    own: Holder | None = None
 
     def __init__(self) -> None:
         self.alive.add(self)
+        self.at_start = len(self.alive)
 
     def work(self, job: int) -> tuple[int, int]:
         del job
         time.sleep(0.1)
-        return os.getpid(), len(self.alive)
+        return os.getpid(), self.at_start
 
 
 def _refuse_odd(job: int) -> int:
