@@ -55,6 +55,8 @@ class AsymmetricSolution:
     """(1/γ + σ_1) / min_i |1/γ - σ_i|: the system has the eigenvalues 1/γ ± σ_i."""
     singular: Bool[np.ndarray, "r g"]
     """Where 1/γ is a singular value within the kernel's resolution."""
+    resolution: float
+    """Singular values are known to this part of 1/γ + σ_1."""
 
     def fits(self) -> Iterator[Fit]:
         """Every grid point, scaling before ridge before γ before c; singular ones excluded."""
@@ -107,7 +109,10 @@ class AsymmetricSolution:
     def _singularity(self, r: int, g: int) -> str:
         values, wanted = self.singular_values[r], 1 / self.gamma[g]
         nearest = values[np.abs(values - wanted).argmin()]
-        return f"1/gamma = {wanted:g} is a singular value of the kernel ({nearest:.9g})"
+        return (
+            f"1/gamma = {wanted:g} is a singular value of the kernel ({nearest:.6g}) as far as it "
+            f"is resolved (to {self.resolution * (wanted + values[0]):.1e})"
+        )
 
 
 def solve_asymmetric(
@@ -188,6 +193,7 @@ def solve_asymmetric(
         residual=np.stack([part.residual for part in by_ridge], axis=1),
         condition_number=np.stack([part.condition_number for part in by_ridge]),
         singular=np.stack([part.singular for part in by_ridge]),
+        resolution=eps,
     )
 
 

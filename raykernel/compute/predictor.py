@@ -172,7 +172,8 @@ class Predictor:
         module, readout = self._problem.module, self._problem.readout
         one = self._collate(range(longest, longest + 1))
         if self._has_signs:
-            needed = sign_product_bytes(Tracer(module, readout, signs=True), one)
+            tracer = Tracer(module, readout, signs=True)
+            needed = sign_product_bytes(tracer, one, max_bytes=memory.GRAM_BYTES)
         else:
             needed = product_bytes(module, readout, one)
         weights = tensor_bytes([*module.parameters(), *module.buffers()])

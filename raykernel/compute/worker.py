@@ -535,7 +535,7 @@ class Worker:
 
     def _product_bytes(self, batch: dict[str, torch.Tensor]) -> ProductBytes:
         if Kind.asigngd in self._spec.kernel.kinds:
-            return sign_product_bytes(self._tracer, batch)
+            return sign_product_bytes(self._tracer, batch, max_bytes=memory.GRAM_BYTES)
         return product_bytes(self._problem.module, self._problem.readout, batch)
 
     @cached_property

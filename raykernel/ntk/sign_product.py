@@ -71,15 +71,17 @@ def weighted_sign_gradient(
     return total
 
 
-def sign_product_bytes(tracer: Tracer, batch: Batch) -> ProductBytes:
+def sign_product_bytes(tracer: Tracer, batch: Batch, *, max_bytes: int = MAX_BYTES) -> ProductBytes:
     """Memory of `weighted_sign_gradient` and of the products with what it returns.
 
     Beside what `product_bytes` counts: the check of a capture against autograd, which holds all
-    gradients twice, and of every example the factors of all layers at once.
+    gradients twice, tiles of gradients and what the heap keeps of them, and of every example the
+    factors of all layers at once.
 
     Args:
         tracer: of the model, with signs.
         batch: one example, as long as the longest.
+        max_bytes: bound on the gradients formed at a time.
 
     Returns:
         The bytes.
@@ -87,7 +89,7 @@ def sign_product_bytes(tracer: Tracer, batch: Batch) -> ProductBytes:
     plain = product_bytes(tracer.model, tracer.readout, batch)
     selected = selected_parameters(tracer.model).values()
     return ProductBytes(
-        fixed=plain.fixed + sum(p.numel() * p.element_size() for p in selected),
+        fixed=plain.fixed + sum(p.numel() * p.element_size() for p in selected) + 3 * max_bytes,
         example=max(plain.example, tracer.bytes_per_example(batch)),
     )
 
