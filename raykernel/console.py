@@ -141,6 +141,11 @@ def is_number(text: str) -> bool:
     return True
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 chunk`, `2 chunks`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def duration(seconds: int | float) -> str:
     """Seconds as a person says them."""
     if seconds < 60:

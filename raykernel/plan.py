@@ -17,7 +17,7 @@ from raykernel.compute.memory import GIB
 from raykernel.compute.plan import Cost, WorkerPlan
 from raykernel.compute.worker import Worker
 from raykernel.config import RunConfig
-from raykernel.console import Screen, duration, size
+from raykernel.console import Screen, counted, duration, size
 from raykernel.pipeline import begin_kernel, result_key, why_new
 from raykernel.prepared import Prepared, prepare, worker_spec
 from raykernel.regress import wanted_rows
@@ -195,9 +195,9 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         ],
         [
             "predicted time",
-            f"{duration(plan.seconds)} of {config.compute.workers} busy workers, "
-            f"{duration(plan.prediction_seconds)} of it for test; "
-            f"{duration(worker.start_seconds)} to start one",
+            f"{duration(plan.seconds)} with {counted(config.compute.workers, 'busy worker')}, "
+            f"{duration(plan.prediction_seconds)} of it for test, and "
+            f"{duration(worker.start_seconds)} before to start them",
         ],
         ["new in the store", size(plan.store_bytes)],
         ["workers", f"{config.compute.workers} ({config.compute.executor.value})"],
@@ -209,11 +209,11 @@ def show_plan(plan: Plan, screen: Screen) -> None:
         ],
         [
             "chunks",
-            f"{sizes.batch} examples a pass, {sizes.rows} rows x {sizes.cols} columns, "
+            f"{counted(sizes.batch, 'example')} a pass, {sizes.rows} rows x {sizes.cols} columns, "
             + (
-                f"sketches of {sizes.resident} chunks kept"
+                f"sketches of {counted(sizes.resident, 'chunk')} kept"
                 if sizes.sketched
-                else f"{sizes.resident} column chunks kept"
+                else f"{counted(sizes.resident, 'column chunk')} kept"
             )
             + (" as packed signs" if sizes.packed else "")
             + (", one transformer block at a time" if sizes.stream else ""),

@@ -155,7 +155,9 @@ def lora_text(found: Mapping[str, Any]) -> list[str]:
         Lines: the errors measured, the bound on every module, and that on their sum.
     """
     modules = found["modules"]
-    several = f", {found['worst_module_error']:.2g} |g| |g'| in {found['worst_module']}, the worst"
+    several = (
+        f", {found['worst_module_error']:.2g} |g| |g'| in the worst module, {found['worst_module']}"
+    )
     lines = [
         f"LoRA of rank {found['rank']}: relative error {found['relative_error']:.2g} on "
         f"{found['examples']} examples, of its kernel divided by its expected scale against the "
@@ -170,7 +172,7 @@ def lora_text(found: Mapping[str, Any]) -> list[str]:
         least = found["least_failure"]
         said += f" even 0.67 |g| |g'| may be exceeded with a probability of {least:.2g}"
         said += ", so that it says nothing" if least >= 1 else ""
-    needed = ", ".join(f"{rank:,} for {error}" for error, rank in found["rank_needed"].items())
+    needed = ", ".join(f"{rank} for {error}" for error, rank in found["rank_needed"].items())
     lines.append(f"{said}. It needs parameters.r={needed}.")
     if modules > 1:
         remark = found["remark"]

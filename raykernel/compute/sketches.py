@@ -268,7 +268,7 @@ def distortion_text(found: Mapping[str, Any]) -> list[str]:
         f"Theorem {found['theorem']} (Malladi et al. 2023), for {found['gradients']} gradients, "
         f"{found['statements']} groups and their sum:"
     )
-    needed = ", ".join(f"{dim:,} for {error}" for error, dim in found["dim_needed"].items())
+    needed = ", ".join(f"{dim} for {error}" for error, dim in found["dim_needed"].items())
     if found["bound"] is not None:
         said += f" at most {found['bound']:.2f} |g| |g'| with probability {1 - found['failure']:g}"
     else:

@@ -101,10 +101,10 @@ def _matching(entry: str, names: Sequence[str], plain: Sequence[str]) -> list[st
         return [entry] if entry in plain else []
     found = list(filter(compiled("groups", entry).search, plain))
     if not found:
-        raise InputError(
-            f"groups: {entry!r} matches none of the {len(plain)} layer groups; "
-            f"{nearest(entry, plain)}"
-        )
+        hint = nearest(entry, plain)
+        if not hint.startswith("did"):  # layers that are alike once; `.*.` is an expression, too
+            hint = nearest(entry, {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in plain})
+        raise InputError(f"groups: {entry!r} matches none of the {len(plain)} layer groups; {hint}")
     return found
 
 

@@ -139,7 +139,7 @@ def test_a_bound_that_says_nothing_is_said() -> None:
     assert lora_error_bound(needed["0.5"], failure=0.025, num_rows=200) <= 0.5
     _, theorem, remark = lora_text(said)
     assert "it says nothing" in theorem
-    assert f"parameters.r={needed['0.1']:,} for 0.1" in theorem
+    assert f"parameters.r={needed['0.1']} for 0.1" in theorem
     assert remark.endswith("nothing either.")
     assert len(lora_text(facts(4, num_modules=1))) == 2
 

@@ -246,7 +246,7 @@ def test_the_bound_is_shared_by_all_groups_and_said_even_if_it_is_none() -> None
     needed = small["dim_needed"]
     assert isinstance(needed, dict)
     assert error_bound(needed["0.5"], failure=0.05 / groups, num_rows=200) <= 0.5
-    assert f"kernel.projection.dim={needed['0.1']:,} for 0.1" in said
+    assert f"kernel.projection.dim={needed['0.1']} for 0.1" in said
     (_, said) = distortion_text(facts(64, Projection.two_sided))
     assert "No theorem" in said
 
