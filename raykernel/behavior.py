@@ -176,13 +176,13 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
     config = prepared.config
     handle = open_kernel(prepared)
     cells = compared_cells(handle.grid, config.behavior.test_limit)
-    kernels = kernel_before(prepared, handle, cells, screen)
-    # Training starts an executor of its own, so that none may be open beside it.
-    screen.say("Fine-tuning")
-    trial = complete_trial(prepared, overrides, screen).trial
-    tuned = at_trial(prepared, trial, compared_kind(config))
-    after = begin_tuned(tuned, handle)
-    kernel_after(tuned, after, cells, screen)
+    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
+        kernels = kernel_before(prepared, handle, cells, executor=executor, screen=screen)
+        screen.say("Fine-tuning")
+        trial = complete_trial(prepared, overrides, executor, screen).trial
+        tuned = at_trial(prepared, trial, compared_kind(config))
+        after = begin_tuned(tuned, handle)
+        kernel_after(tuned, after, cells, executor=executor, screen=screen)
     outputs = read_outputs(prepared, handle, after)
     found = Behavior(
         prepared=prepared,
@@ -226,7 +226,12 @@ def compared_cells(grid: Grid, limit: int | None) -> list[Cell]:
 
 
 def kernel_before(
-    prepared: Prepared, handle: KernelHandle, cells: Sequence[Cell], screen: Screen
+    prepared: Prepared,
+    handle: KernelHandle,
+    cells: Sequence[Cell],
+    *,
+    executor: Executor,
+    screen: Screen,
 ) -> dict[Kind, RegressionResult]:
     """Complete the kernel at θ_PT and solve kernel regression with it.
 
@@ -234,6 +239,7 @@ def kernel_before(
         prepared: the problem.
         handle: its kernel.
         cells: blocks of test with train that are to be compared.
+        executor: where.
         screen: where progress is shown.
 
     Returns:
@@ -243,10 +249,9 @@ def kernel_before(
     config, grid = prepared.config, handle.grid
     wanted = {*grid.cells(wanted_rows(config, grid)), *cells}
     ordered = [cell for cell in grid.cells() if cell in wanted]
-    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
-        # All before regression, which then predicts test in the same way when it is repeated.
-        complete_cells(prepared, handle, ordered, executor=executor, screen=screen)
-        results = solve(prepared, handle, executor, screen).results
+    # All before regression, which then predicts test in the same way when it is repeated.
+    complete_cells(prepared, handle, ordered, executor=executor, screen=screen)
+    results = solve(prepared, handle, executor, screen).results
     analogs = ANALOGS[config.training.optimizer]
     return {kind: result for kind, result in results.items() if kind in analogs}
 
@@ -288,7 +293,12 @@ def begin_tuned(tuned: Prepared, before: KernelHandle) -> KernelHandle:
 
 
 def kernel_after(
-    tuned: Prepared, handle: KernelHandle, cells: Sequence[Cell], screen: Screen
+    tuned: Prepared,
+    handle: KernelHandle,
+    cells: Sequence[Cell],
+    *,
+    executor: Executor,
+    screen: Screen,
 ) -> None:
     """Complete the linearised and fine-tuned outputs of test, and the blocks at θ_FT.
 
@@ -296,12 +306,12 @@ def kernel_after(
         tuned: the problem at θ_FT.
         handle: its kernel.
         cells: blocks of test with train that are to be compared.
+        executor: where.
         screen: where progress is shown.
     """
     screen.say("Linearised model, and kernel after fine-tuning")
-    with contextlib.closing(LateExecutor(tuned.config.compute, screen)) as executor:
-        linearize(tuned, handle, executor, screen)
-        complete_cells(tuned, handle, cells, executor=executor, screen=screen)
+    linearize(tuned, handle, executor, screen)
+    complete_cells(tuned, handle, cells, executor=executor, screen=screen)
 
 
 def linearize(tuned: Prepared, handle: KernelHandle, executor: Executor, screen: Screen) -> None:

@@ -25,12 +25,16 @@ class LateExecutor:
         self._opened: Executor | None = None
 
     def run(
-        self, make: Callable[[], Callable[[JobT], ResultT]], jobs: Iterable[JobT]
+        self,
+        make: Callable[[], Callable[[JobT], ResultT]],
+        jobs: Iterable[JobT],
+        *,
+        workers: int | None = None,
     ) -> Iterator[Outcome[JobT, ResultT]]:
         """See `Executor.run`."""
         if self._opened is None:
             self._opened = open_executor(self._compute, self._screen)
-        return self._opened.run(make, jobs)
+        return self._opened.run(make, jobs, workers=workers)
 
     def close(self) -> None:
         """See `Executor.close`."""

@@ -14,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from raykernel.compute.executor import versions
+from raykernel.compute.executor import Executor, versions
 from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
 from raykernel.console import Screen, duration, size
 from raykernel.errors import BlockCorruptError, RunError
@@ -51,13 +51,19 @@ class TrialOutcome:
         return str(self.row["trial"])
 
 
-def run_trial(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> TrialOutcome:
+def run_trial(
+    config: RunConfig,
+    overrides: tuple[str, ...],
+    screen: Screen,
+    executor: Executor | None = None,
+) -> TrialOutcome:
     """Fine-tune, or read what a trial found that has ended before.
 
     Args:
         config: the run.
         overrides: the command line that made it, kept with the result.
         screen: where progress is shown.
+        executor: where to train, if one is open; None: one of its own.
 
     Returns:
         Its rows and where its parameters are.
@@ -66,7 +72,12 @@ def run_trial(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> 
         RunError: if loss or gradient stop being finite; nothing is stored then.
     """
     check_training(config)
-    return complete_trial(prepare(config, screen), overrides, screen)
+    prepared = prepare(config, screen)
+    if executor is not None:
+        return complete_trial(prepared, overrides, executor, screen)
+    compute = dataclasses.replace(config.compute, workers=1)  # no more would have a job
+    with contextlib.closing(LateExecutor(compute, screen)) as own:
+        return complete_trial(prepared, overrides, own, screen)
 
 
 def check_training(config: RunConfig) -> None:
@@ -83,12 +94,15 @@ def check_training(config: RunConfig) -> None:
     )
 
 
-def complete_trial(prepared: Prepared, overrides: tuple[str, ...], screen: Screen) -> TrialOutcome:
+def complete_trial(
+    prepared: Prepared, overrides: tuple[str, ...], executor: Executor, screen: Screen
+) -> TrialOutcome:
     """The same for a run whose input is read.
 
     Args:
         prepared: the run.
         overrides: the command line that made it, kept with the result.
+        executor: where to train.
         screen: where progress is shown.
 
     Returns:
@@ -105,7 +119,7 @@ def complete_trial(prepared: Prepared, overrides: tuple[str, ...], screen: Scree
         stored = False
     if not stored:
         files = store.begin_trial(trial)
-        result = train(trial_spec(prepared, training, files), screen)
+        result = train(trial_spec(prepared, training, files), executor, screen)
         curve = [{"trial": trial, **dataclasses.asdict(point)} for point in result.curve]
         store.write_results("curves", curve)
         row = _row(prepared, training, result, overrides)
@@ -151,11 +165,12 @@ def trial_spec(prepared: Prepared, training: TrainingConfig, files: TrialFiles) 
     )
 
 
-def train(spec: TrialSpec, screen: Screen) -> Result:
+def train(spec: TrialSpec, executor: Executor, screen: Screen) -> Result:
     """Train from the start or from the checkpoint to the end, on one worker.
 
     Args:
         spec: what to train.
+        executor: where.
         screen: where evaluations and progress are shown.
 
     Returns:
@@ -167,15 +182,11 @@ def train(spec: TrialSpec, screen: Screen) -> Result:
     steps, done = spec.training.steps, _steps_done(spec.files, screen)
     assert steps is not None, "a resolved configuration"
     ends = _ends(spec.training, done)
-    # The steps of a trial are one after the other: a second worker would do the same ones.
-    compute = dataclasses.replace(spec.compute, workers=1)
     shown, result = done if done else -1, None
     before = dict(zip(ends, [done, *ends], strict=False))
-    with (
-        contextlib.closing(LateExecutor(compute, screen)) as executor,
-        screen.progress("steps", steps - done) as advance,
-    ):
-        for outcome in executor.run(spec.steps, ends):
+    with screen.progress("steps", steps - done) as advance:
+        # The steps of a trial are one after the other: a second worker would do the same ones.
+        for outcome in executor.run(spec.steps, ends, workers=1):
             receipt = outcome.value()
             for point in receipt.points:
                 if point.step > shown:

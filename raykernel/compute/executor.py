@@ -56,9 +56,15 @@ class Executor(Protocol):
     """Runs jobs on workers; a resource that is closed after use."""
 
     def run(
-        self, make: Callable[[], Callable[[JobT], ResultT]], jobs: Iterable[JobT]
+        self,
+        make: Callable[[], Callable[[JobT], ResultT]],
+        jobs: Iterable[JobT],
+        *,
+        workers: int | None = None,
     ) -> Iterator[Outcome[JobT, ResultT]]:
         """Run every job once, yielding outcomes as they finish, in any order.
+
+        `workers` is how many share the jobs at the most; None: as many as there are.
 
         Closing the iterator early stops the workers; so does an interrupt. A failing `make` ends
         the iteration, since no job can be done. Processes may live on until `close`, for the
@@ -75,13 +81,18 @@ class InlineExecutor:
     """One worker in this process, one job after the other."""
 
     def run(
-        self, make: Callable[[], Callable[[JobT], ResultT]], jobs: Iterable[JobT]
+        self,
+        make: Callable[[], Callable[[JobT], ResultT]],
+        jobs: Iterable[JobT],
+        *,
+        workers: int | None = None,
     ) -> Iterator[Outcome[JobT, ResultT]]:
         """See `Executor.run`.
 
         Args:
             make: makes the worker's function.
             jobs: the jobs.
+            workers: there is one, whatever this says.
 
         Yields:
             One outcome per job, in the order of the jobs.
@@ -89,6 +100,7 @@ class InlineExecutor:
         Raises:
             RaykernelError: if `make` fails.
         """
+        del workers
         work: Callable[[JobT], ResultT] | None = None
         for job in jobs:
             if work is None:

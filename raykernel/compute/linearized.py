@@ -20,7 +20,14 @@ from torch import Tensor
 
 from raykernel.compute import memory
 from raykernel.compute.weights import assign, trial_weights
-from raykernel.compute.worker import WorkerSpec, can_read, load, settle_torch, split, tensor_bytes
+from raykernel.compute.worker import (
+    WorkerSpec,
+    can_read,
+    settle_torch,
+    split,
+    take_problem,
+    tensor_bytes,
+)
 from raykernel.config import Json
 from raykernel.errors import RunError
 from raykernel.ntk.passes import checked_logits, is_out_of_memory
@@ -73,7 +80,7 @@ class Linearizer:
         self._handle = Store(spec.store_path).open(spec.fingerprint)
         head = None if spec.encoded.label_ids else self._handle.read_head()
         start = dataclasses.replace(spec, trial=None)
-        self._problem = load(start, None if head is None else Head(*head))
+        self._problem = take_problem(self, start, None if head is None else Head(*head))
         device = self._spec.compute.device
         tuned = trial_weights(spec.store_path, spec.trial)
         self._tuned = {name: value.to(device) for name, value in tuned.items()}

@@ -18,6 +18,7 @@ loaded the model starts on other jobs at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -83,7 +84,11 @@ class RayExecutor:
             _join_cluster(cast(str, compute.address))
 
     def run(
-        self, make: Callable[[], Callable[[JobT], ResultT]], jobs: Iterable[JobT]
+        self,
+        make: Callable[[], Callable[[JobT], ResultT]],
+        jobs: Iterable[JobT],
+        *,
+        workers: int | None = None,
     ) -> Iterator[Outcome[JobT, ResultT]]:
         """See `Executor.run`.
 
@@ -91,6 +96,7 @@ class RayExecutor:
             make: makes the worker's function; sent once, through the object store. Actors of the
                 run before drop their old worker for it.
             jobs: the jobs.
+            workers: actors that share them at the most; None: `compute.workers`.
 
         Yields:
             One outcome per job. A job whose worker died `compute.max_attempts` times has a
@@ -102,8 +108,10 @@ class RayExecutor:
         backlog = Backlog(jobs)
         if not backlog:
             return
+        most = self._compute.workers
+        compute = dataclasses.replace(self._compute, workers=min(most, workers or most))
         pool: _Pool[JobT, ResultT] = _Pool(
-            self._compute, self._say, ray.put(make), backlog, self._idle, local=self._local
+            compute, self._say, ray.put(make), backlog, self._idle, local=self._local
         )
         try:
             yield from pool.outcomes()

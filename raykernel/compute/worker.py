@@ -634,6 +634,7 @@ def _problem_key(spec: WorkerSpec, head: Head | None) -> str:
     """All that decides a module; the kernel's fingerprint knows what the model's files hold."""
     facts = [
         spec.fingerprint,
+        spec.trial,
         plain(spec.model),
         plain(spec.parameters),
         spec.kernel.precision.value,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raykernel.compute import memory
+from raykernel.compute import kept, memory
 from raykernel.compute.worker import settle_torch
 from raykernel.config import ComputeConfig, ModelConfig, ParametersConfig, TrainingConfig
 from raykernel.problem.models import Problem, load_problem
@@ -86,6 +86,7 @@ class Trial:
     def __init__(self, spec: TrialSpec) -> None:
         settle_torch(spec.compute)
         memory.keep_heap_ready()
+        kept.forget()  # the model that a worker of the kernel has left: this one is changed
         self._spec = spec
         self._problem = load_start(spec)
         self._trainer = Trainer(
