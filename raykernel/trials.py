@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raykernel.compute.executor import Executor, versions
+from raykernel.compute.tensorfile import read_facts
 from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
 from raykernel.console import Screen, duration, size
 from raykernel.errors import BlockCorruptError, RunError
@@ -23,7 +24,6 @@ from raykernel.prepared import Prepared, example_labels, prepare
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Precision, PromptStyle, Split
-from raykernel.training.checkpoint import read_facts
 from raykernel.training.finetune import Point
 from raykernel.training.trial import Result, TrialSpec
 
@@ -43,7 +43,7 @@ class TrialOutcome:
     was_stored: bool
     """It had ended before."""
     files: TrialFiles
-    """Where `training.checkpoint.load_parameters` finds θ_FT."""
+    """Where `compute.weights.load_parameters` finds θ_FT."""
 
     @property
     def trial(self) -> str:

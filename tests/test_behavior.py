@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from raykernel.analysis.behavior import kernel_distance
 from raykernel.behavior import Behavior, behavior, compared_cells, settled, show_behavior
 from raykernel.cli import main
 from raykernel.compose import compose_runs
-from raykernel.compute.weights import assign, trial_weights
+from raykernel.compute.executor import Executor
+from raykernel.compute.weights import assign, read_parameters
 from raykernel.compute.worker import load
 from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.errors import BlockCorruptError, InputError
+from raykernel.jobs import open_executor
 from raykernel.pipeline import kernel
 from raykernel.prepared import worker_spec
 from raykernel.problem.models import Problem
@@ -109,7 +112,7 @@ def batch_of(found: Behavior, examples: range) -> dict[str, Tensor]:
 def change_of(found: Behavior, module: nn.Module) -> dict[str, Tensor]:
     """θ_FT − θ_PT."""
     parameters = dict(module.named_parameters())
-    weights = trial_weights("store", found.trial)
+    weights = read_parameters(Store("store").trial(found.trial))
     return {name: value - parameters[name].detach() for name, value in weights.items()}
 
 
@@ -134,7 +137,7 @@ def test_fine_tuned_outputs_and_kernel_are_those_of_the_trials_weights(found: Be
     problem, (before, after) = problem_of(found), handles(found)
     grid = before.grid
     train, test = batch_of(found, range(grid.num_cols)), batch_of(found, grid.test)
-    assign(problem.module, trial_weights("store", found.trial))
+    assign(problem.module, read_parameters(Store("store").trial(found.trial)))
     logits = problem.readout(problem.module, test).detach()
     np.testing.assert_allclose(found.outputs.finetuned, logits, rtol=1e-9, atol=1e-12)
     parts = oracles.kernel_by_parameter(problem.module, problem.readout, test, train)
@@ -258,6 +261,19 @@ def test_damaged_files_are_named_and_removed(found: Behavior) -> None:
     assert verify("store").bad == ()
 
 
+def test_one_executor_serves_all_stages(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel, fine-tuning, linearised model and the kernel after it."""
+    opened = []
+
+    def counted(*arguments: Any) -> Executor:
+        opened.append(open_executor(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr("raykernel.jobs.open_executor", counted)
+    behavior(config_of(store__path="once"), (), Screen())
+    assert len(opened) == 1
+
+
 # ---------------------------------------------------------------- choices
 
 
@@ -325,9 +341,9 @@ def test_wrong_input_is_said_before_anything_is_computed(
 def test_weights_of_another_model_are_refused(place: Path, found: Behavior) -> None:
     module = nn.Linear(2, 2)
     with pytest.raises(InputError, match="weights: found"):
-        assign(module, trial_weights("store", found.trial))
+        assign(module, read_parameters(Store("store").trial(found.trial)))
     with pytest.raises(InputError, match="keep_weights=true"):
-        trial_weights("store", "0123456789abcdef")
+        read_parameters(Store("store").trial("0123456789abcdef"))
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     replaced = assign(module, {"weight": torch.zeros(2, 2)})
     assert torch.equal(replaced["weight"], before["weight"])

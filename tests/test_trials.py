@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from raykernel.analysis.regression import score
 from raykernel.cli import main
 from raykernel.compose import compose_runs
+from raykernel.compute.weights import load_parameters, read_parameters
 from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.errors import BlockCorruptError, InputError
@@ -24,7 +25,6 @@ from raykernel.store.blocks import Store
 from raykernel.store.query import query
 from raykernel.store.verify import verify
 from raykernel.terms import Split
-from raykernel.training.checkpoint import load_parameters, read_parameters
 from raykernel.training.trial import load_start
 from raykernel.trials import TrialOutcome, run_trial, trial_identity, trial_spec
 from tests import tiny

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from raykernel.compute import memory
-from raykernel.compute.weights import assign, trial_weights
+from raykernel.compute.weights import assign, read_parameters
 from raykernel.compute.worker import (
     WorkerSpec,
     can_read,
@@ -82,7 +82,7 @@ class Linearizer:
         start = dataclasses.replace(spec, trial=None)
         self._problem = take_problem(self, start, None if head is None else Head(*head))
         device = self._spec.compute.device
-        tuned = trial_weights(spec.store_path, spec.trial)
+        tuned = read_parameters(Store(spec.store_path).trial(spec.trial))
         self._tuned = {name: value.to(device) for name, value in tuned.items()}
         self._halved = 0
 

@@ -1,56 +1,87 @@
-"""The weights of a fine-tuning run, put in the place of those that it began with."""
+"""A fine-tuning run's θ_0 and θ_FT: the linear head of the start, and what was trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raykernel.errors import BlockCorruptError, InputError
-from raykernel.store.blocks import Store
+from raykernel.compute.tensorfile import read_tensors, write_tensors
+from raykernel.errors import InputError
+from raykernel.problem.probe import Head
+from raykernel.problem.readout import Probed
+from raykernel.store.trials import TrialFiles
 
 
-def trial_weights(store_path: str, trial: str) -> dict[str, Tensor]:
-    """Trained parameters of a fine-tuning run, on the CPU.
+def write_head(path: Path, head: Head) -> None:
+    """Commit the linear head that a trial starts from."""
+    tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
+    write_tensors(path, tensors, {})
+
+
+def read_head(path: Path) -> Head:
+    """The linear head that a trial starts from.
 
     Args:
-        store_path: the store.
-        trial: the run.
+        path: the file.
 
     Returns:
-        Values by name in the module that was trained.
+        The head.
+    """
+    tensors, _ = read_tensors(path)
+    return Head(tensors["weight"].numpy(), tensors["bias"].numpy())
+
+
+def read_parameters(files: TrialFiles) -> dict[str, Tensor]:
+    """θ_FT of a trial that has ended, on the CPU.
+
+    Args:
+        files: of the trial.
+
+    Returns:
+        Values of the trained parameters, by name in the module that was trained.
 
     Raises:
-        InputError: if they are not there.
-        BlockCorruptError: if the file is damaged.
+        InputError: if its weights are not there.
     """
-    path = Store(store_path).trial(trial).weights
     try:
-        return dict(load_file(path))
+        return read_tensors(files.weights)[0]
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: found no weights of trial {trial}, expected those that are best on dev. Run "
-            "its configuration again with training.keep_weights=true."
+            f"{files.weights}: found no weights, expected those of a trial that ended. Run its "
+            "configuration again with training.keep_weights=true."
         ) from error
-    except SafetensorError as error:
-        raise BlockCorruptError(
-            f"{path}: damaged ({error}). Delete it, then run its configuration again."
-        ) from error
+
+
+def load_parameters(files: TrialFiles, module: nn.Module) -> None:
+    """Set a module to θ_FT of a trial that has ended.
+
+    Args:
+        files: of the trial.
+        module: that of the same model, prompt and `parameters`, such as `load_problem` gives; with
+            a linear head, the trial's head is set, too.
+    """
+    values = read_parameters(files)
+    if isinstance(module, Probed) and files.head.exists():
+        module.set_head(read_head(files.head))
+    assign(module, values, source=str(files.weights))
 
 
 @torch.no_grad()
-def assign(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def assign(
+    module: nn.Module, values: Mapping[str, Tensor], *, source: str = "weights"
+) -> dict[str, Tensor]:
     """Set some parameters, in their own type and on their device.
 
     Args:
         module: whose.
         values: by name; of the parameters' shapes.
+        source: where they are from, for the message if they are wrong.
 
     Returns:
-        What they were.
+        What the parameters were.
 
     Raises:
         InputError: if the module has no parameter of a name or shape.
@@ -62,9 +93,11 @@ def assign(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
         if name not in parameters or parameters[name].shape != value.shape
     )
     if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(
-            f"weights: found {len(wrong)} that the model lacks or has in another shape, such as "
-            f"{wrong[0]!r}; expected those of this model. Use its own `model` and `parameters`."
+            f"{source}: found {', '.join(map(repr, wrong[:3]))}{more}, expected parameters of the "
+            "model, of the same shape. Load the model with the trial's own `model` and "
+            "`parameters`."
         )
     before = {name: parameters[name].detach().clone() for name in values}
     for name, value in values.items():

@@ -28,7 +28,7 @@ from raykernel.compute.lora_error import adapted_layers, compared_parameters, lo
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
 from raykernel.compute.plan import WorkerPlan, plan_of, token_flops
 from raykernel.compute.sketches import Work
-from raykernel.compute.weights import assign, trial_weights
+from raykernel.compute.weights import assign, read_parameters
 from raykernel.config import (
     ComputeConfig,
     Json,
@@ -663,7 +663,7 @@ def load(spec: WorkerSpec, head: Head | None) -> Problem:
         for parameter in problem.module.get_submodule("classifier").parameters():
             parameter.data.fill_(1.0)
     if spec.trial is not None:
-        assign(problem.module, trial_weights(spec.store_path, spec.trial))
+        assign(problem.module, read_parameters(Store(spec.store_path).trial(spec.trial)))
     return problem
 
 

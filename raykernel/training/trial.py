@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from raykernel.compute import kept, memory
+from raykernel.compute.tensorfile import read_tensors, write_tensors
+from raykernel.compute.weights import read_head, write_head
 from raykernel.compute.worker import settle_torch
 from raykernel.config import ComputeConfig, ModelConfig, ParametersConfig, TrainingConfig
 from raykernel.problem.models import Problem, load_problem
@@ -24,7 +26,6 @@ from raykernel.problem.prompts import Encoded, collate
 from raykernel.store.trials import TrialFiles, checksum
 from raykernel.terms import Method, Metric, Precision, Split
 from raykernel.training.adapter import write_adapter
-from raykernel.training.checkpoint import read_head, read_tensors, write_head, write_tensors
 from raykernel.training.finetune import Examples, FineTuned, Point, Trainer
 
 

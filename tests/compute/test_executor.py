@@ -91,6 +91,15 @@ def test_another_run_has_the_processes_of_the_last_but_not_its_workers(
     assert {pid for pid, _ in first} >= {pid for pid, _ in again}
 
 
+def test_a_run_may_have_fewer_workers_and_the_next_one_all(
+    executor: Executor, tmp_path: Path
+) -> None:
+    toy = Toy(str(tmp_path))
+    assert len(list(executor.run(toy.start, range(12), workers=1))) == 12
+    assert len(list(tmp_path.glob("started-*"))) == 1
+    assert {outcome.value() for outcome in executor.run(toy.start, range(3))} == {0, 1, 4}
+
+
 def test_an_interrupt_of_the_caller_passes_through(executor: Executor) -> None:
     def interrupted() -> None:
         for _ in executor.run(Toy().start, range(20)):

@@ -8,21 +8,18 @@ a name of its own, which a killed process leaves behind, and which only its owne
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from raykernel.config import Json
-from raykernel.errors import BlockCorruptError, InputError
-from raykernel.problem.probe import Head
-from raykernel.problem.readout import Probed
+from raykernel.errors import BlockCorruptError
 from raykernel.store.commit import commit_written
-from raykernel.store.trials import TrialFiles
 
 _FACTS = "raykernel"
 _DTYPES = {
@@ -116,82 +113,3 @@ def _opened(path: Path) -> Iterator[Any]:
             f"{path}: damaged or foreign ({str(error).strip()}). Expected a file that raykernel "
             "wrote. Delete it, then run its configuration again."
         ) from error
-
-
-# ------------------------------------------------------------------ θ_0 and θ_FT of a trial
-
-
-def write_head(path: Path, head: Head) -> None:
-    """Commit the linear head that a trial starts from."""
-    tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
-    write_tensors(path, tensors, {})
-
-
-def read_head(path: Path) -> Head:
-    """The linear head that a trial starts from.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The head.
-    """
-    tensors, _ = read_tensors(path)
-    return Head(tensors["weight"].numpy(), tensors["bias"].numpy())
-
-
-def read_parameters(files: TrialFiles) -> dict[str, Tensor]:
-    """θ_FT of a trial that has ended.
-
-    Args:
-        files: of the trial.
-
-    Returns:
-        Values of the trained parameters, by name in the module that was trained.
-
-    Raises:
-        InputError: if its weights are not there.
-    """
-    try:
-        return read_tensors(files.weights)[0]
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{files.weights}: found no weights, expected those of a trial that ended. Run its "
-            "configuration again with training.keep_weights=true."
-        ) from error
-
-
-def load_parameters(files: TrialFiles, module: nn.Module) -> None:
-    """Set a module to θ_FT of a trial that has ended.
-
-    Args:
-        files: of the trial.
-        module: that of the same model, prompt and `parameters`, such as `load_problem` gives; with
-            a linear head, the trial's head is set, too.
-
-    Raises:
-        InputError: if there are no weights, or they are of another module.
-    """
-    values = read_parameters(files)
-    if isinstance(module, Probed) and files.head.exists():
-        module.set_head(read_head(files.head))
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    wrong = [
-        name
-        for name, value in values.items()
-        if name not in parameters or parameters[name].shape != value.shape
-    ]
-    if wrong:
-        raise InputError(
-            f"{files.weights}: found {_listed(wrong)}, expected parameters of the module, of the "
-            "same shape. Load the model with the trial's own `model` and `parameters`."
-        )
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-
-
-def _listed(names: Iterable[str]) -> str:
-    known = sorted(names)
-    more = f" and {len(known) - 3} more" if len(known) > 3 else ""
-    return ", ".join(map(repr, known[:3])) + more
