@@ -14,7 +14,8 @@ from raykernel.store.arrowfile import damage, read, read_header
 from raykernel.store.blockfile import Names
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import stale_temporaries
-from raykernel.store.kernels import PINNED, KernelHandle
+from raykernel.store.kernelfiles import PINNED
+from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import TABLES, read_row_file
