@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float
 
-from raykernel.analysis.fit import Fit, grid_products
+from raykernel.analysis.fit import Fit, grid_products, required_flipped
 from raykernel.analysis.gram import flatten, noise
 from raykernel.analysis.targets import scaled_logits
 from raykernel.config import GridPoint
@@ -96,12 +96,8 @@ class AsymmetricSolution:
         share = np.asarray(self.c)[:, None, None]
         outputs = share * grid_products(k_eval_train, self.beta)[:, :, :, None]
         if any(c != 1 for c in self.c):
-            if k_flipped is None:
-                raise InputError(
-                    "c < 1 needs the kernel K(train, x) beside K(x, train); it was not given. "
-                    "Give it (kind asigngd_flipped of a store), or solve with c = 1."
-                )
-            outputs = outputs + (1 - share) * grid_products(k_flipped, self.alpha)[:, :, :, None]
+            flipped = grid_products(required_flipped(k_flipped), self.alpha)
+            outputs = outputs + (1 - share) * flipped[:, :, :, None]
         outputs = outputs + scaled_logits(f0, self.f0_scaling)[:, None, None, None]
         found: np.ndarray = outputs
         return found

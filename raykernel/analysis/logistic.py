@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.special import logsumexp, softmax
 
-from raykernel.analysis.fit import Fit, grid_products
+from raykernel.analysis.fit import DualSolution, Fit
 from raykernel.analysis.gram import Gram, decompose
 from raykernel.analysis.targets import scaled_logits
 from raykernel.config import GridPoint
@@ -39,19 +39,10 @@ _NEWTON_STEPS = 8
 """At the most; two were needed where L-BFGS had come so near."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogisticSolution:
-    """Dual coefficients of every grid point, with what is needed to trust them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogisticSolution(DualSolution):
+    """Kernel logistic regression, with what is needed to trust it."""
 
-    Prediction at grid point (s, r):  h(x) = K(x, train) α[s, r] + f0(x) / s
-    """
-
-    ridge: tuple[float, ...]
-    """Relative ridges, the grid's second axis."""
-    f0_scaling: tuple[float, ...]
-    """Divisors of the initial logits, the grid's first axis; inf leaves them out."""
-    alpha: Float[np.ndarray, "s r n c"]
-    """Dual coefficients."""
     loss: Float[np.ndarray, "s r"]
     """What was minimised, at the minimum."""
     residual: Float[np.ndarray, "s r"]
@@ -62,10 +53,6 @@ class LogisticSolution:
     """Of L-BFGS, from the neighbouring grid point's minimum on, and Newton steps at the end."""
     condition_number: Float[np.ndarray, "s r"]
     """Of the Hessian at the minimum with respect to the function, at the most."""
-    eigenvalues: Float[np.ndarray, " nc"]
-    """Eigenvalues of K(train, train), ascending."""
-    num_dropped: int
-    """Eigenvalues at or below the kernel's resolution, left out."""
 
     def fits(self) -> Iterator[Fit]:
         """Every grid point, scaling before ridge; one that did not converge is excluded."""
@@ -82,25 +69,6 @@ class LogisticSolution:
                 if self.converged[s, r]
                 else f"stopped at relative gradient {residual:.1e} after {number} iterations",
             )
-
-    def predict(
-        self, k_eval_train: Float[np.ndarray, "m c n c"], f0: Float[np.ndarray, "m c"] | None = None
-    ) -> Float[np.ndarray, "s r m c"]:
-        """Predicted logits at every grid point.
-
-        Args:
-            k_eval_train: kernel of the evaluation examples (rows) with the train examples.
-            f0: initial logits of the evaluation examples; needed unless every scaling is inf.
-
-        Returns:
-            h(x), grid axes first; class probabilities are their softmax.
-
-        Raises:
-            InputError: if initial logits are needed and missing.
-        """
-        offset = scaled_logits(f0, self.f0_scaling)[:, None]
-        outputs: np.ndarray = grid_products(k_eval_train, self.alpha) + offset
-        return outputs
 
 
 def solve_logistic(

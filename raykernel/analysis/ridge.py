@@ -15,34 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from raykernel.analysis.fit import Fit, grid_products
+from raykernel.analysis.fit import DualSolution, Fit
 from raykernel.analysis.gram import decompose
 from raykernel.analysis.targets import scaled_logits
 from raykernel.config import GridPoint
 from raykernel.terms import Solver
 
 
-@dataclass(frozen=True, slots=True)
-class RidgeSolution:
-    """Dual coefficients of every grid point, with what is needed to trust them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RidgeSolution(DualSolution):
+    """Kernel ridge regression, by the pseudo-inverse at ridge 0, and what is needed to trust it."""
 
-    Prediction at grid point (s, r):  h(x) = K(x, train) α[s, r] + f0(x) / s
-    """
-
-    ridge: tuple[float, ...]
-    """Relative ridges, the grid's second axis."""
-    f0_scaling: tuple[float, ...]
-    """Divisors of the initial logits, the grid's first axis; inf leaves them out."""
-    alpha: Float[np.ndarray, "s r n c"]
-    """Dual coefficients."""
-    eigenvalues: Float[np.ndarray, " nc"]
-    """Eigenvalues of K(train, train), ascending."""
     residual: Float[np.ndarray, "s r"]
     """||(K + σI) α - (y - f0/s)|| / ||y - f0/s||; above 0 only where directions were dropped."""
     condition_number: Float[np.ndarray, " r"]
     """(λ_max + σ) / (λ_min + σ) over the kept directions."""
-    num_dropped: int
-    """Eigenvalues at or below the kernel's resolution: solved by the pseudo-inverse at ridge 0."""
 
     def fits(self) -> Iterator[Fit]:
         """Every grid point, scaling before ridge."""
@@ -54,25 +41,6 @@ class RidgeSolution:
                 residual=float(self.residual[s, r]),
                 num_dropped=self.num_dropped,
             )
-
-    def predict(
-        self, k_eval_train: Float[np.ndarray, "m c n c"], f0: Float[np.ndarray, "m c"] | None = None
-    ) -> Float[np.ndarray, "s r m c"]:
-        """Predicted outputs at every grid point.
-
-        Args:
-            k_eval_train: kernel of the evaluation examples (rows) with the train examples.
-            f0: initial logits of the evaluation examples; needed unless every scaling is inf.
-
-        Returns:
-            h(x), grid axes first.
-
-        Raises:
-            InputError: if initial logits are needed and missing.
-        """
-        offset = scaled_logits(f0, self.f0_scaling)[:, None]
-        outputs: np.ndarray = grid_products(k_eval_train, self.alpha) + offset
-        return outputs
 
 
 def solve_ridge(
