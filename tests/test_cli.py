@@ -28,21 +28,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def arguments(folder: Path, **changes: str | None) -> list[str]:
     """Overrides of a small kernel of the user's own data; a value of None drops the key."""
-    chosen = {
-        "task": "file",
-        "task.train": "reviews.tsv",
-        "task.text": "[review]",
-        "task.label": "rating",
-        "task.k": "3",
-        "task.test_limit": "6",
-        "model": "hf",
-        "model.name": str(folder),
-        "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}",
-        "kernel.block_size": "4",
-        "store.path": "store",
-    } | {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    own = {"task.test_limit": "6", "kernel.block_size": "4"}
+    return tiny.overrides(folder, **(own | changes))
 
 
 def fails(capsys, here: Path, command: list[str], *helps: str, code: int = 2) -> str:

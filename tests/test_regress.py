@@ -39,21 +39,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(model: Path, **changes: str) -> list[str]:
     """Overrides of a small kernel: 6 train, 6 dev and 7 test examples, cut into threes."""
-    chosen = {
-        "task": "file",
-        "task.train": "reviews.tsv",
-        "task.text": "[review]",
-        "task.label": "rating",
-        "task.k": "3",
-        "task.test_limit": "7",
-        "model": "hf",
-        "model.name": str(model),
-        "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}",
-        "kernel.block_size": "3",
-        "store.path": "store",
-    } | {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in chosen.items()]
+    own = {"task.test_limit": "7", "kernel.block_size": "3"}
+    return tiny.overrides(model, **(own | changes))
 
 
 def config_of(model: Path, **changes: str) -> RunConfig:

@@ -32,6 +32,23 @@ def reviews(num: int, seed: int = 0) -> list[tuple[str, str]]:
     return rows
 
 
+def overrides(model: Path | str, /, **changes: str | None) -> list[str]:
+    """The command line of a run on `reviews.tsv`, three examples of a label; None drops a key."""
+    chosen = {
+        "task": "file",
+        "task.train": "reviews.tsv",
+        "task.text": "[review]",
+        "task.label": "rating",
+        "task.k": "3",
+        "model": "hf",
+        "model.name": str(model),
+        "prompt.template": '"{review} It was {label}."',
+        "prompt.words": "{negative: terrible, positive: great}",
+        "store.path": "store",
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
+
+
 def write_reviews(path: Path, num: int = 60, seed: int = 0) -> Path:
     """A TSV with the columns review and rating."""
     lines = ["review\trating", *("\t".join(row) for row in reviews(num, seed))]
