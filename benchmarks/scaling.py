@@ -14,7 +14,7 @@ from benchmarks.peers import LOOP
 from benchmarks.tables import Table
 from benchmarks.timing import Say, Timing, measure, pin_threads
 from benchmarks.workloads import roberta
-from raykernel.compute.memory import peak_resident_bytes
+from raykernel.compute.process import peak_resident_bytes
 
 SIZES: dict[str, tuple[str, Sequence[int]]] = {
     "texts": ("N", (16, 32, 64, 128)),

@@ -15,7 +15,7 @@ from benchmarks.tables import Table
 from benchmarks.timing import Say
 from benchmarks.workloads import PAD, WORDS, Workload, roberta
 from raykernel.compute.executor import Executor, InlineExecutor
-from raykernel.compute.worker import Receipt, WorkerSpec
+from raykernel.compute.spec import Receipt, WorkerSpec
 from raykernel.config import ComputeConfig, KernelConfig, ModelConfig, ParametersConfig
 from raykernel.problem.prompts import Encoded
 from raykernel.store.blocks import Store

@@ -19,8 +19,8 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from raykernel.compose import compose_runs
 from raykernel.console import Screen
 from raykernel.prepared import prepare
+from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
-from raykernel.problem.prompts import collate
 
 PAD, MASK, VOCABULARY = 1, 4, 5000
 WORDS = (11, 4321, 77, 903, 2500, 3999, 1234, 618)

@@ -30,7 +30,7 @@ from raykernel.analysis.behavior import (
 )
 from raykernel.analysis.regression import RegressionResult, score
 from raykernel.compute.executor import Executor
-from raykernel.compute.linearized import LinearizedSpec
+from raykernel.compute.spec import LinearizedSpec
 from raykernel.config import RunConfig, canonical_json, require
 from raykernel.console import Screen
 from raykernel.jobs import LateExecutor, run_jobs

@@ -26,9 +26,10 @@ from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.plan import plan_worker
 from raykernel.prepared import Prepared, prepare
-from raykernel.problem.models import Problem, load_problem, load_tokenizer
+from raykernel.problem.batches import collate
+from raykernel.problem.checkpoints import load_tokenizer
+from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
-from raykernel.problem.prompts import collate
 from raykernel.store.blocks import Store
 from raykernel.terms import ExecutorName, Precision
 

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raykernel.compute.error_text import distortion_text, lora_text
 from raykernel.compute.executor import Executor, versions
-from raykernel.compute.lora_error import lora_text
-from raykernel.compute.sketches import distortion_text
 from raykernel.config import RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
 from raykernel.errors import InputError, StoreMismatchError

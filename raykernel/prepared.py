@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from raykernel.compute.worker import WorkerSpec
+from raykernel.compute.spec import WorkerSpec
 from raykernel.config import Json, PromptText, RunConfig, canonical_json, fingerprint, plain
 from raykernel.console import Screen
-from raykernel.problem.models import (
-    check_model,
+from raykernel.problem.architectures import check_model
+from raykernel.problem.checkpoints import (
     load_tokenizer,
     max_positions,
     model_identity,

@@ -21,7 +21,7 @@ from raykernel.analysis.fit import Fit
 from raykernel.analysis.regression import RegressionResult, Selection, SplitData, judge, select
 from raykernel.analysis.targets import scaled_logits
 from raykernel.compute.executor import Executor
-from raykernel.compute.predictor import PredictionSpec
+from raykernel.compute.spec import PredictionSpec
 from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.jobs import run_jobs

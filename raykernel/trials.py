@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from raykernel.compute.executor import Executor, versions
-from raykernel.compute.tensorfile import read_facts
 from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
-from raykernel.console import Screen, duration, size
+from raykernel.console import Screen, counted, duration, size
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.jobs import LateExecutor
 from raykernel.prepared import Prepared, example_labels, prepare
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Precision, PromptStyle, Split
-from raykernel.training.finetune import Point
-from raykernel.training.trial import Result, TrialSpec
+from raykernel.training.spec import Point, Result, TrialSpec
 
 _STEPS_PER_JOB = 10
 """Steps between signs of life, where no evaluation comes before."""
@@ -183,11 +181,19 @@ def train(spec: TrialSpec, executor: Executor, screen: Screen) -> Result:
     assert steps is not None, "a resolved configuration"
     ends = _ends(spec.training, done)
     shown, result = done if done else -1, None
+    pass_size = spec.compute.batch_size
     before = dict(zip(ends, [done, *ends], strict=False))
     with screen.progress("steps", steps - done) as advance:
         # The steps of a trial are one after the other: a second worker would do the same ones.
         for outcome in executor.run(spec.steps, ends, workers=1):
             receipt = outcome.value()
+            if receipt.pass_size < pass_size:
+                pass_size = receipt.pass_size
+                screen.say(
+                    f"Note: compute.memory_gb={spec.compute.memory_gb:g} has room for "
+                    f"{counted(pass_size, 'example')} in a pass, not compute.batch_size="
+                    f"{spec.compute.batch_size}."
+                )
             for point in receipt.points:
                 if point.step > shown:
                     screen.say(_line(point, spec))
@@ -211,6 +217,8 @@ def _ends(training: TrainingConfig, done: int) -> list[int]:
 
 def _steps_done(files: TrialFiles, screen: Screen) -> int:
     """Where the run goes on; a damaged checkpoint is dropped."""
+    from raykernel.compute.tensorfile import read_facts  # a stored trial needs no PyTorch
+
     try:
         done = int(read_facts(files.checkpoint)["step"])
     except FileNotFoundError:

@@ -19,17 +19,17 @@ from raykernel.behavior import Behavior, behavior, compared_cells, settled, show
 from raykernel.cli import main
 from raykernel.compose import compose_runs
 from raykernel.compute.executor import Executor
+from raykernel.compute.loading import load
 from raykernel.compute.weights import assign, read_parameters
-from raykernel.compute.worker import load
 from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.errors import BlockCorruptError, InputError
 from raykernel.jobs import open_executor
 from raykernel.pipeline import kernel
 from raykernel.prepared import worker_spec
+from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem
 from raykernel.problem.probe import Head
-from raykernel.problem.prompts import collate
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Grid
 from raykernel.store.kernels import KernelHandle
@@ -52,26 +52,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def arguments(**changes: str | None) -> list[str]:
     """Overrides of 6 train, 6 dev and 7 test examples, cut into threes, in float64."""
-    chosen = {
-        "task": "file",
-        "task.train": "reviews.tsv",
-        "task.text": "[review]",
-        "task.label": "rating",
-        "task.k": "3",
+    own = {
         "task.test_limit": "7",
-        "model": "hf",
-        "model.name": "model",
-        "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}",
         "kernel.block_size": "3",
         "kernel.precision": "float64",
         "training.precision": "float64",
         "training.steps": "6",
         "training.eval_every": "3",
         "training.learning_rate": "0.05",
-        "store.path": "store",
-    } | {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    }
+    return tiny.overrides("model", **(own | changes))
 
 
 def config_of(**changes: str | None) -> RunConfig:

@@ -48,3 +48,14 @@ def test_an_installed_wheel_composes_from_another_folder(installed, tmp_path):
     )
     assert "k: 3" in run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_that_find_everything_stored_wait_for_no_heavy_library():
+    """PyTorch, scikit-learn and Ray are imported where they are used: they take seconds."""
+    code = """
+import sys
+import raykernel.behavior, raykernel.pipeline, raykernel.trials
+print([name for name in ("ray", "sklearn", "torch") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "[]\n", run.stderr

@@ -14,17 +14,20 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from raykernel.analysis.regression import score
 from raykernel.cli import main
 from raykernel.compose import compose_runs
+from raykernel.compute.loading import model_bytes
+from raykernel.compute.memory import GIB, HEAP_SLACK, process_bytes
 from raykernel.compute.weights import load_parameters, read_parameters
 from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.errors import BlockCorruptError, InputError
 from raykernel.pipeline import kernel
 from raykernel.prepared import prepare
-from raykernel.problem.prompts import collate
+from raykernel.problem.batches import collate
 from raykernel.store.blocks import Store
 from raykernel.store.query import query
 from raykernel.store.verify import verify
 from raykernel.terms import Split
+from raykernel.training.room import held_bytes, pass_bytes
 from raykernel.training.trial import load_start
 from raykernel.trials import TrialOutcome, run_trial, trial_identity, trial_spec
 from tests import tiny
@@ -48,23 +51,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(model: Path, **changes: str | None) -> list[str]:
     """Overrides of a small trial: 6 train, 6 dev and 6 test examples, 8 steps."""
-    chosen = {
-        "task": "file",
-        "task.train": "reviews.tsv",
-        "task.text": "[review]",
-        "task.label": "rating",
-        "task.k": "3",
+    own = {
         "task.test_limit": "6",
-        "model": "hf",
-        "model.name": str(model),
-        "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}",
         "training.learning_rate": "0.1",
         "training.steps": "8",
         "training.eval_every": "3",
-        "store.path": "store",
-    } | changes
-    return [f"{key}={value}" for key, value in chosen.items() if value is not None]
+    }
+    return tiny.overrides(model, **(own | changes))
 
 
 def config_of(model: Path, **changes: str | None) -> RunConfig:
@@ -284,6 +277,7 @@ def test_weights_of_another_module_are_refused(model, here, tmp_path_factory):
         ({"training.betas": "[0.5,0.9]"}, "training.optimizer=adam"),
         ({"parameters.include": "[nothing]"}, "parameters"),
         ({"compute.device": "cuda"}, "compute.device"),
+        ({"compute.memory_gb": "0.1"}, "compute.memory_gb"),
         ({"training.precision": "tf32"}, "training.precision"),
     ],
 )
@@ -292,6 +286,21 @@ def test_wrong_input_ends_with_code_2_and_says_what_to_do(changes, help, model, 
     message = capsys.readouterr().err
     assert help in message
     assert "Traceback" not in message
+
+
+def test_passes_are_as_large_as_the_memory_allows(model, here, capsys):
+    prepared = prepare(config_of(model), Screen())
+    training = prepared.config.training
+    spec = trial_spec(prepared, training, Store("scratch").begin_trial("0123456789abcdef"))
+    problem, ids = load_start(spec), prepared.encoded.input_ids
+    longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+    work = pass_bytes(problem, collate(prepared.encoded, [longest]), spec.compute)
+    fixed = process_bytes(spec.compute) + model_bytes(problem.module)
+    fixed += held_bytes(problem, training)
+    limit = (fixed + HEAP_SLACK * work.of(2) + 1) / GIB
+    outcome = run(model, **{"compute.memory_gb": f"{limit:.12f}"})
+    assert "2 examples in a pass" in " ".join(capsys.readouterr().err.split())
+    assert outcome.row["best_step"] > 0
 
 
 @pytest.mark.ray

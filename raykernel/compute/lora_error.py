@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -143,44 +142,3 @@ def _bounds(rank: int, num_gradients: int, num_modules: int) -> dict[str, Json]:
         },
         "remark": remark / num_modules if math.isfinite(remark) else None,
     }
-
-
-def lora_text(found: Mapping[str, Any]) -> list[str]:
-    """What `lora_distortion` found, in words.
-
-    Args:
-        found: as it was stored.
-
-    Returns:
-        Lines: the errors measured, the bound on every module, and that on their sum.
-    """
-    modules = found["modules"]
-    several = (
-        f", {found['worst_module_error']:.2g} |g| |g'| in the worst module, {found['worst_module']}"
-    )
-    lines = [
-        f"LoRA of rank {found['rank']}: relative error {found['relative_error']:.2g} on "
-        f"{found['examples']} examples, of its kernel divided by its expected scale against the "
-        f"kernel of the {modules} full weights; of single entries at most "
-        f"{found['largest_error']:.2g} |g| |g'|" + (several if modules > 1 else "")
-    ]
-    said = f"Theorem D.5 (Malladi et al. 2023), for {found['gradients']} gradients"
-    said += f" in each of {modules} modules:" if modules > 1 else ":"
-    if found["bound"] is not None:
-        said += f" at most {found['bound']:.2f} |g| |g'| with probability {1 - found['failure']:g}"
-    else:
-        least = found["least_failure"]
-        said += f" even 0.67 |g| |g'| may be exceeded with a probability of {least:.2g}"
-        said += ", so that it says nothing" if least >= 1 else ""
-    needed = ", ".join(f"{rank} for {error}" for error, rank in found["rank_needed"].items())
-    lines.append(f"{said}. It needs parameters.r={needed}.")
-    if modules > 1:
-        remark = found["remark"]
-        limit = (
-            f"at most {remark:.2f} |g| |g'| with probability {1 - found['failure']:g}, were all "
-            "modules' gradients of equal length"
-            if remark is not None
-            else "nothing either"
-        )
-        lines.append(f"Remark D.6, for the sum of the {modules} modules: {limit}.")
-    return lines

@@ -1,4 +1,4 @@
-"""Chunk sizes that keep a worker inside its memory, and the memory that it took.
+"""Chunk sizes that keep a worker inside its memory.
 
 Sizes follow from configuration, model and token counts alone, never from what is free at the
 moment: another size is another order of summation, and a resumed run must give the same bits.
@@ -36,16 +36,7 @@ is captured once while it is kept, and the random matrices are made once for all
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import platform
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-import psutil
-import torch
 
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
@@ -71,9 +62,6 @@ MAX_RESIDENT = 64
 
 _UNPACKED = 0.1
 """Time of unpacking the signs of a gradient, against forming it of 32 tokens or more."""
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""glibc's numbers of two of its settings (malloc.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +275,7 @@ def _step_bytes(footprint: Footprint, stream: bool) -> int:
 
 def _fixed_bytes(footprint: Footprint, compute: ComputeConfig) -> int:
     blocks = 3 * footprint.output + 3 * GRAM_BYTES
-    return footprint.weights + blocks + _process_bytes(compute)
+    return footprint.weights + blocks + process_bytes(compute)
 
 
 def _require_room(smallest: Sizes, footprint: Footprint, compute: ComputeConfig) -> None:
@@ -315,11 +303,8 @@ def product_batch(weights: int, product: ProductBytes, compute: ComputeConfig) -
     Raises:
         InputError: if one example does not fit.
     """
-    limit = int(compute.memory_gb * GIB)
-    fixed = weights + GRAM_BYTES + _process_bytes(compute)
-    sizes = range(compute.batch_size, 0, -1)
-    fitting = (n for n in sizes if fixed + HEAP_SLACK * product.of(n) <= limit)
-    if found := next(fitting, 0):
+    fixed = weights + GRAM_BYTES + process_bytes(compute)
+    if found := most_examples(fixed, product, compute):
         return found
     needed = fixed + HEAP_SLACK * product.of(1)
     raise InputError(
@@ -328,6 +313,22 @@ def product_batch(weights: int, product: ProductBytes, compute: ComputeConfig) -
         f"of the parameters with its gradients {product.fixed / GIB:.2f}). Raise it, lower "
         "task.max_length, or choose fewer layers with solver.groups."
     )
+
+
+def most_examples(fixed: int, work: ProductBytes, compute: ComputeConfig) -> int:
+    """Examples of a pass, `compute.batch_size` at the most; 0 if one does not fit.
+
+    Args:
+        fixed: bytes of what is there all the time.
+        work: bytes of a pass, of which the heap keeps more.
+        compute: memory and largest batch.
+
+    Returns:
+        The number.
+    """
+    limit = int(compute.memory_gb * GIB)
+    sizes = range(compute.batch_size, 0, -1)
+    return next((n for n in sizes if fixed + HEAP_SLACK * work.of(n) <= limit), 0)
 
 
 def sample_size(factors: int, footprint: Footprint, compute: ComputeConfig, *, most: int) -> int:
@@ -347,7 +348,8 @@ def sample_size(factors: int, footprint: Footprint, compute: ComputeConfig, *, m
     return max(1, min(most, int(room / (HEAP_SLACK * max(factors, 1)))))
 
 
-def _process_bytes(compute: ComputeConfig) -> int:
+def process_bytes(compute: ComputeConfig) -> int:
+    """What a worker takes before it has a model."""
     return CUDA_BYTES if compute.device.startswith("cuda") else PROCESS_BYTES
 
 
@@ -376,30 +378,6 @@ def slowness(sizes: Sizes, num_outputs: int, block_size: int) -> float:
     return num_outputs * formed + capture * captures
 
 
-# ------------------------------------------------------------------ the process
-
-
-@cache
-def _glibc() -> Any:
-    """The C library where it is glibc, else None."""
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    return ctypes.CDLL(None)
-
-
-def keep_heap_ready() -> None:
-    """Let the C library reuse freed tensors instead of mapping new memory for each.
-
-    A fresh mapping costs a page fault for every 4 KiB: a third of a worker's time in a system
-    call (measured on the quick start's model), which reuse halves. What stays free in between is
-    given back by `trim_heap` at every step that frees much.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
-        libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
-
-
 def halved(sizes: Sizes) -> Sizes:
     """Chunks half as large, for when memory runs out in spite of the estimate.
 
@@ -415,42 +393,3 @@ def halved(sizes: Sizes) -> Sizes:
     if sizes.sketched:  # as many examples as before, which are more chunks
         resident = sizes.resident * -(-sizes.rows // rows)
     return replace(sizes, batch=batch, rows=rows, cols=cols, resident=resident, peak_bytes=0)
-
-
-def release(device: str) -> None:
-    """Give memory that is free but kept back to the system or the GPU."""
-    gc.collect()
-    trim_heap()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
-def trim_heap() -> None:
-    """Give free pages, also those between used ones, back to the system."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def peak_bytes(device: str) -> int:
-    """Largest memory of this process so far: reserved on a GPU, else resident."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_reserved(device)
-    return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident memory that this process had, in bytes.
-
-    NOTE: not `getrusage`, whose maximum a process inherits from the one that started it.
-
-    Returns:
-        The maximum; on systems that do not keep one, the present value.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    memory = psutil.Process().memory_info()
-    return int(getattr(memory, "peak_wset", memory.rss))

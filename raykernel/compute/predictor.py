@@ -13,68 +13,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
 from functools import cached_property
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from raykernel.compute import memory
-from raykernel.compute.worker import (
-    WorkerSpec,
-    can_read,
-    settle_torch,
-    split,
-    take_problem,
-    tensor_bytes,
-)
+from raykernel.compute import memory, process
+from raykernel.compute.examples import Examples
+from raykernel.compute.fitting import Fitting, fitting_batch
+from raykernel.compute.loading import can_read, model_bytes, settle, stored_head, take_problem
+from raykernel.compute.spec import PredictionReceipt, PredictionSpec
 from raykernel.config import Json
 from raykernel.errors import RunError
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Tracer
 from raykernel.ntk.groups import find_groups
-from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import product_bytes, tangents, weighted_gradient
 from raykernel.ntk.sign_product import sign_product_bytes, weighted_sign_gradient
-from raykernel.problem.probe import Head
-from raykernel.problem.prompts import collate
 from raykernel.store.blocks import Store
-from raykernel.store.predictions import Solution, is_predicted, write_prediction
+from raykernel.store.predictions import is_predicted, write_prediction
 from raykernel.terms import Kind
-
-
-@dataclass(frozen=True, eq=False)
-class PredictionSpec:
-    """All that a worker needs to predict: plain data, small enough to ship."""
-
-    worker: WorkerSpec
-    solution: Solution
-    """Which α this is."""
-    alpha: Float[np.ndarray, "n c"]
-    """Dual coefficients of the train examples."""
-
-    def row_blocks(self) -> Callable[[int], PredictionReceipt]:
-        """In a worker's process: the function that predicts row blocks."""
-        return Predictor(self).predict
-
-
-@dataclass(frozen=True, slots=True)
-class PredictionReceipt:
-    """What is left to say about a predicted row block."""
-
-    i: int
-    already_stored: bool
-    """Another worker, or an earlier run, had stored it."""
-    num_bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    """Largest memory of the worker so far: resident on a CPU, reserved on a GPU."""
-    process: int
-    halved: int
-    """Times that memory ran out and the worker's batches were halved, so far."""
 
 
 class Predictor:
@@ -85,14 +44,13 @@ class Predictor:
     """
 
     def __init__(self, spec: PredictionSpec) -> None:
-        settle_torch(spec.worker.compute)
-        memory.keep_heap_ready()
+        settle(spec.worker.compute)
         self._spec = spec
         self._handle = Store(spec.worker.store_path).open(spec.worker.fingerprint)
-        head = None if spec.worker.encoded.label_ids else self._handle.read_head()
-        self._problem = take_problem(self, spec.worker, None if head is None else Head(*head))
+        head = stored_head(spec.worker, self._handle)
+        self._problem = take_problem(self, spec.worker, head)
+        self._examples = Examples(spec.worker.encoded, self._device)
         choose(self._problem.module, spec.solution.groups)
-        self._halved = 0
 
     def predict(self, i: int) -> PredictionReceipt:
         """Make sure that a row block's predictions and logits are stored.
@@ -107,51 +65,43 @@ class Predictor:
         if is_predicted(self._handle, self._spec.solution, i):
             return self._receipt(i, start, num_bytes=0, already_stored=True)
         rows = self._handle.grid.row_block(i)
-        logits, fitted = self._outputs_in_memory(rows)
+        logits, fitted = self._fitting.run(
+            lambda batch: self._outputs(rows, batch),
+            doing="predicting one example at a time",
+            lower="task.max_length or compute.workers",
+        )
         if not can_read(lambda: self._handle.read_logits(i)):
             self._handle.write_logits(rows, logits.double().cpu().numpy())
         provenance: dict[str, Json] = {
             "seconds": time.monotonic() - start,
-            "peak_memory_bytes": memory.peak_bytes(self._device),
+            "peak_memory_bytes": process.peak_bytes(self._device),
             "torch": torch.__version__,
             "device": self._device,
             "threads": torch.get_num_threads(),
             "batch": self._batch,
-            "halved": self._halved,
+            "halved": self._fitting.halved,
         }
         values = fitted.double().cpu().numpy()
         written = write_prediction(self._handle, self._spec.solution, i, values, provenance)
-        memory.trim_heap()
+        process.trim_heap()
         return self._receipt(i, start, num_bytes=written, already_stored=False)
 
     # ------------------------------------------------------------ numbers
 
-    def _outputs_in_memory(self, rows: range) -> tuple[Tensor, Tensor]:
-        """Logits and J w, with batches half as large from here on if memory runs out."""
+    def _outputs(self, rows: range, batch: int) -> tuple[Tensor, Tensor]:
+        """Logits and J w, in the order of the rows."""
         module, readout = self._problem.module, self._problem.readout
-        while True:
-            try:
-                return tangents(module, readout, self._batches(rows), self._direction)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self._batch == 1:
-                    raise RunError(
-                        "Memory ran out predicting one example at a time. Expected "
-                        f"{self._spec.worker.compute.memory_gb:g} GiB for this worker "
-                        "(compute.memory_gb). Free memory, or lower task.max_length or "
-                        "compute.workers."
-                    ) from error
-            # Outside the handler: its traceback would keep the tensors of the failed attempt.
-            self.__dict__["_batch"] = self._batch // 2
-            self._halved += 1
-            memory.release(self._device)
+        batches = self._examples.batches(rows, batch)
+        logits, fitted = tangents(module, readout, batches, self._direction)
+        places = self._examples.places(rows)
+        return logits[places], fitted[places]
 
     @cached_property
     def _direction(self) -> dict[str, Tensor]:
         """The direction w of all train examples, kept for all row blocks."""
-        alpha = torch.from_numpy(self._spec.alpha)
-        batches = self._batches(range(len(alpha)))
+        train = range(len(self._spec.alpha))
+        batches = self._examples.batches(train, self._batch)
+        alpha = torch.from_numpy(self._spec.alpha)[self._examples.by_length(train)]
         module, readout = self._problem.module, self._problem.readout
         if self._has_signs:
             # The kernel's own signs: another dead zone would be another kernel.
@@ -161,29 +111,24 @@ class Predictor:
             )
         else:
             found = weighted_gradient(module, readout, batches, alpha)
-        memory.trim_heap()
+        process.trim_heap()
         return found
 
     @cached_property
-    def _batch(self) -> int:
-        """Examples of a pass; it follows from the spec alone."""
-        ids = self._spec.worker.encoded.input_ids
-        longest = max(range(len(ids)), key=lambda index: len(ids[index]))
+    def _fitting(self) -> Fitting[int]:
         module, readout = self._problem.module, self._problem.readout
-        one = self._collate(range(longest, longest + 1))
+        one = self._examples.batch(self._examples.longest[:1])
         if self._has_signs:
             tracer = Tracer(module, readout, signs=True)
             needed = sign_product_bytes(tracer, one, max_bytes=memory.GRAM_BYTES)
         else:
             needed = product_bytes(module, readout, one)
-        weights = tensor_bytes([*module.parameters(), *module.buffers()])
-        return memory.product_batch(weights, needed, self._spec.worker.compute)
+        return fitting_batch(model_bytes(module), needed, self._spec.worker.compute)
 
-    def _batches(self, examples: range) -> Iterator[dict[str, Tensor]]:
-        return map(self._collate, split(examples, self._batch))
-
-    def _collate(self, examples: range) -> dict[str, Tensor]:
-        return collate(self._spec.worker.encoded, examples, self._device)
+    @property
+    def _batch(self) -> int:
+        """Examples of a pass."""
+        return self._fitting.size
 
     # ------------------------------------------------------------ facts
 
@@ -204,9 +149,9 @@ class Predictor:
             already_stored=already_stored,
             num_bytes=num_bytes,
             seconds=time.monotonic() - start,
-            peak_memory_bytes=memory.peak_bytes(self._device),
+            peak_memory_bytes=process.peak_bytes(self._device),
             process=os.getpid(),
-            halved=self._halved,
+            halved=self._fitting.halved,
         )
 
 

@@ -10,9 +10,8 @@ from one side, and serves all examples that are projected at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,35 +243,3 @@ def _bound(projection: ProjectionConfig, num_gradients: int, num_groups: int) ->
             f"{e:g}": dimension_needed(e, failure=share, num_rows=rows) for e in (0.1, 0.5)
         },
     }
-
-
-def distortion_text(found: Mapping[str, Any]) -> list[str]:
-    """What `distortion` found, in words.
-
-    Args:
-        found: as it was stored.
-
-    Returns:
-        Lines: the errors measured, and the bound.
-    """
-    worst = found["worst_group"]
-    of_layers = f", {found['worst_group_error']:.1e} in {worst}, the worst" if worst else ""
-    lines = [
-        f"{found['method']} projection to {found['dim']}: relative error "
-        f"{found['relative_error']:.1e} on {found['examples']} examples, against the exact kernel; "
-        f"of single entries at most {found['largest_error']:.1e} |g| |g'|{of_layers}"
-    ]
-    if found["theorem"] is None:
-        return [*lines, "No theorem bounds the error of a projection from two sides."]
-    said = (
-        f"Theorem {found['theorem']} (Malladi et al. 2023), for {found['gradients']} gradients, "
-        f"{found['statements']} groups and their sum:"
-    )
-    needed = ", ".join(f"{dim} for {error}" for error, dim in found["dim_needed"].items())
-    if found["bound"] is not None:
-        said += f" at most {found['bound']:.2f} |g| |g'| with probability {1 - found['failure']:g}"
-    else:
-        least = found["least_failure"]
-        said += f" even 0.67 |g| |g'| may be exceeded with a probability of {least:.2g}"
-        said += ", so that it says nothing" if least >= 1 else ""
-    return [*lines, f"{said}. It needs kernel.projection.dim={needed}."]

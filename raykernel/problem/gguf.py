@@ -7,7 +7,6 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +33,8 @@ def dequantized(file: Path) -> Path:
     folder = cache_folder() / "gguf" / content_digest(file.parent, (file.name,))
     if folder.is_dir():
         return folder
+    import torch  # that a file is there already is found out without it
+
     size = f"{file.stat().st_size / 1e6:.0f} MB"
     with (
         progress(f"De-quantising {file.name} ({size}), once ..."),

@@ -16,64 +16,31 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.errors import InputError
-from raykernel.problem.checkpoints import (
-    Checkpoint,
-    load_tokenizer,
-    locate,
-    max_positions,
-    model_identity,
-    prepare_model,
-    read_config,
-)
+from raykernel.problem.architectures import HEADS, check_architecture
+from raykernel.problem.batches import Batch
+from raykernel.problem.checkpoints import Checkpoint, locate, read_config
 from raykernel.problem.hub import SAFETENSORS, first_line, has_any, quiet
 from raykernel.problem.parameters import select_parameters
 from raykernel.problem.probe import Head
 from raykernel.problem.readout import (
-    Batch,
-    LabelRows,
     Probed,
     embeddings,
     read_head,
     read_label_words,
     restrict_head,
 )
-from raykernel.terms import Architecture, Pooling, Precision
-
-__all__ = [
-    "Batch",
-    "LabelRows",
-    "Problem",
-    "check_model",
-    "load_problem",
-    "load_tokenizer",
-    "max_positions",
-    "model_identity",
-    "prepare_model",
-]
+from raykernel.terms import Architecture, Precision
 
 _DTYPES = {
     Precision.float32: torch.float32,
     Precision.float64: torch.float64,
     Precision.tf32: torch.float32,
     Precision.bfloat16: torch.bfloat16,
-}
-_HEADS = {
-    Architecture.masked_lm: (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
-    Architecture.causal_lm: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-    Architecture.encoder: (AutoModel, MODEL_MAPPING),
 }
 # Its output enters no readout, so it may be missing from a checkpoint.
 _POOLER = re.compile(r"(^|\.)pooler\.")
@@ -104,19 +71,6 @@ class Problem:
         if not isinstance(self.module, Probed):
             raise TypeError("Only prompt=none has a linear head whose input could be read.")
         return self.module.features(batch)
-
-
-def check_model(model: ModelConfig, *, has_prompt: bool) -> None:
-    """Refuse what cannot work before any weight is loaded.
-
-    Args:
-        model: which model.
-        has_prompt: whether logits are read from label words.
-
-    Raises:
-        InputError: if the architecture has not the head that is to be read.
-    """
-    _check_architecture(model, read_config(model, locate(model)), has_prompt=has_prompt)
 
 
 def load_problem(
@@ -151,7 +105,7 @@ def load_problem(
     place = _device(device, precision)
     checkpoint = locate(model)
     config = read_config(model, checkpoint)
-    _check_architecture(model, config, has_prompt=bool(label_ids))
+    check_architecture(model, config, has_prompt=bool(label_ids))
     if label_ids and len(label_ids) != num_labels:
         raise ValueError(f"Found {len(label_ids)} label words, expected {num_labels}.")
     dtype = _DTYPES[precision]
@@ -173,60 +127,6 @@ def load_problem(
     return problem
 
 
-def _check_architecture(model: ModelConfig, config: PretrainedConfig, *, has_prompt: bool) -> None:
-    """The architecture has the head that will be read, in a form with gradients."""
-    if has_prompt and model.architecture is Architecture.encoder:
-        raise InputError(
-            f"model.architecture: {model.name!r} is an encoder without a head over words, "
-            "expected a masked or causal LM for a prompt. Use prompt=none (a linear head), or a "
-            "model with model.architecture=masked_lm or causal_lm."
-        )
-    if config.is_encoder_decoder:
-        raise InputError(
-            f"model.name: {model.name!r} ({config.model_type}) is an encoder-decoder, expected an "
-            "encoder or a decoder. Choose another model."
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"model.name: the weights of {model.name!r} are quantised, expected floating-point "
-            "weights, which have gradients. Choose the original checkpoint or a GGUF file."
-        )
-    if has_prompt:
-        _check_head(model, config)
-    elif model.pooling is Pooling.cls and _is_causal(config):
-        raise InputError(
-            f"model.pooling: cls reads the first token of {model.name!r} ({config.model_type}), "
-            "which sees nothing of the text in a causal LM; expected mean. "
-            "Set model.pooling=mean."
-        )
-
-
-def _check_head(model: ModelConfig, config: PretrainedConfig) -> None:
-    auto_class, mapping = _HEADS[model.architecture]
-    auto_map = getattr(config, "auto_map", None) or {}
-    has_head = type(config) in mapping or auto_class.__name__ in auto_map
-    other = (
-        Architecture.causal_lm
-        if model.architecture is Architecture.masked_lm
-        else Architecture.masked_lm
-    )
-    # BERT and its kin also load as causal LMs, but were trained to see both sides.
-    is_bidirectional = model.architecture is Architecture.causal_lm and not _is_causal(config)
-    if has_head and not is_bidirectional:
-        return
-    fits = type(config) in _HEADS[other][1]
-    hint = f"Set model.architecture={other.value}." if fits else "Use prompt=none (a linear head)."
-    raise InputError(
-        f"model.architecture: found model type {config.model_type!r} in {model.name!r}, expected "
-        f"one that is a {model.architecture.value}. {hint}"
-    )
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return is_causal and (type(config) not in MODEL_FOR_MASKED_LM_MAPPING or config.is_decoder)
-
-
 def _load(
     model: ModelConfig,
     checkpoint: Checkpoint,
@@ -235,7 +135,7 @@ def _load(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The pre-trained weights in their class, each of them found in the checkpoint."""
-    auto_class, mapping = _HEADS[architecture]
+    auto_class, mapping = HEADS[architecture]
     config.use_cache = False
     if model.tie_head is not None:
         # Checkpoints drop a tied head's weight, and a class told not to tie would invent one; so

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from raykernel.config import PromptConfig, PromptText, TaskConfig
@@ -21,8 +19,6 @@ from raykernel.problem.label_words import label_ids, label_words, tokens_of
 from raykernel.problem.tasks import Data
 from raykernel.problem.templates import CLS, LABEL, SEP, Piece, PieceKind, parse
 from raykernel.terms import Architecture, PromptStyle, Truncation
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,35 +341,3 @@ def readout_position(
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Token that fills a batch up; any will do, since attention never sees it."""
     return first_known(tokenizer.pad_token_id, tokenizer.eos_token_id) or 0
-
-
-# ---------------------------------------------------------------- batches
-def collate(encoded: Encoded, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-    """Some examples as tensors, padded on the right to the longest of them.
-
-    Args:
-        encoded: all examples.
-        indices: which of them.
-        device: where the tensors are made.
-
-    Returns:
-        `input_ids`, `attention_mask` and, where the model has them, `token_type_ids`, all
-        (n, t), and `position` (n,).
-    """
-
-    def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        width = max(map(len, rows))
-        filled = [[*row, *[fill] * (width - len(row))] for row in rows]
-        return torch.tensor(filled, dtype=torch.long, device=device)
-
-    rows = [encoded.input_ids[index] for index in indices]
-    batch = {
-        "input_ids": padded(rows, encoded.pad_id),
-        "attention_mask": padded([[1] * len(row) for row in rows], 0),
-        "position": torch.tensor(
-            [encoded.position[index] for index in indices], dtype=torch.long, device=device
-        ),
-    }
-    if encoded.token_type_ids is not None:
-        batch["token_type_ids"] = padded([encoded.token_type_ids[index] for index in indices], 0)
-    return batch

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raykernel.errors import InputError
+from raykernel.problem.batches import Batch
 from raykernel.problem.probe import Head
 from raykernel.terms import Pooling
-
-Batch = dict[str, Tensor]
-"""`input_ids` (n, t), `attention_mask` (n, t), `position` (n), perhaps `token_type_ids` (n, t)."""
 
 
 class LabelRows(nn.Linear):

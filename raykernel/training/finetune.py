@@ -37,6 +37,7 @@ from raykernel.training.optimizers import (
     make_optimizer,
     state_tensors,
 )
+from raykernel.training.spec import Point
 from raykernel.training.subspace import Subspace
 
 
@@ -50,26 +51,6 @@ class Examples:
     """Index of the right output."""
     splits: Mapping[Split, Sequence[int]]
     """Indices of train, dev and test."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One evaluation."""
-
-    step: int
-    """Steps done; 0 is θ_0."""
-    epoch: float
-    """Passes over train done."""
-    train_loss: float | None
-    """Mean over the steps since the last evaluation, dropout on where it is; None at θ_0."""
-    dev_loss: float
-    dev_score: float
-    learning_rate: float
-    """Of the last step; at θ_0 of the first to come."""
-    gradient_norm: float | None
-    """Of the last step before clipping; None at θ_0."""
-    distance: float
-    """‖θ - θ_0‖ over the trained parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +191,7 @@ class Trainer:
         if self._best is None:
             raise RuntimeError("Found no evaluated step, expected at least one.")
         start = time.monotonic()
+        self._module.zero_grad(set_to_none=True)  # room for the copy that is given back
         self._set(self._best_values)
         test = self._scored(Split.test)[1]
         self._seconds += time.monotonic() - start

@@ -9,7 +9,7 @@ by its name, so that nothing is stored and every process has the same one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -41,8 +41,7 @@ class Subspace:
         self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
         first = next(iter(self._start.values()))
         self.z = nn.Parameter(first.new_zeros(matrices.dimension))
-        numbers = sum(p.numel() for p in self._start.values())
-        self._keeps = numbers * matrices.dimension * self.z.element_size() <= KEPT_BYTES
+        self._keeps = _matrix_bytes(self._start.values(), matrices.dimension) <= KEPT_BYTES
         self._kept: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
@@ -79,3 +78,21 @@ class Subspace:
                 if self._keeps:
                     self._kept[name, start] = tile
             yield start, stop, tile
+
+
+def kept_bytes(parameters: Iterable[Tensor], dimension: int) -> int:
+    """Memory of S, or of the pieces of it that are made for every product.
+
+    Args:
+        parameters: those that move together.
+        dimension: k.
+
+    Returns:
+        The bytes.
+    """
+    whole = _matrix_bytes(parameters, dimension)
+    return _TILE_BYTES + (whole if whole <= KEPT_BYTES else 0)
+
+
+def _matrix_bytes(parameters: Iterable[Tensor], dimension: int) -> int:
+    return dimension * sum(p.numel() * p.element_size() for p in parameters)

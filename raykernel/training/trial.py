@@ -9,72 +9,22 @@ to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from raykernel.compute import kept, memory
+from raykernel.compute import examples, kept, process
+from raykernel.compute.loading import settle
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import read_head, write_head
-from raykernel.compute.worker import settle_torch
-from raykernel.config import ComputeConfig, ModelConfig, ParametersConfig, TrainingConfig
+from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import fit_head
-from raykernel.problem.prompts import Encoded, collate
-from raykernel.store.trials import TrialFiles, checksum
-from raykernel.terms import Method, Metric, Precision, Split
+from raykernel.store.trials import checksum
+from raykernel.terms import Method, Precision, Split
 from raykernel.training.adapter import write_adapter
-from raykernel.training.finetune import Examples, FineTuned, Point, Trainer
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """All that a worker needs: plain data, small enough to ship."""
-
-    model: ModelConfig
-    parameters: ParametersConfig
-    training: TrainingConfig
-    """With `steps` and `eval_every` as numbers."""
-    compute: ComputeConfig
-    metric: Metric
-    encoded: Encoded
-    labels: tuple[int, ...]
-    """Index of the right output, by example."""
-    num_labels: int
-    splits: Mapping[Split, range]
-    files: TrialFiles
-
-    def steps(self) -> Callable[[int], Receipt]:
-        """In a worker's process: the function that trains up to a step."""
-        return Trial(self).train
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What is left to say about some steps."""
-
-    points: tuple[Point, ...]
-    """Evaluations on the way."""
-    result: Result | None
-    """Of the last step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A trial that has ended, without its parameters."""
-
-    best: Point
-    zero_shot: float
-    test: float
-    curve: tuple[Point, ...]
-    seconds: float
-    num_parameters: int
-    """Numbers that were trained."""
-    weights_checksum: str | None
-    """Of the stored parameters; None if they were not to be kept."""
-    peak_memory_bytes: int
+from raykernel.training.finetune import Examples, FineTuned, Trainer
+from raykernel.training.room import pass_size
+from raykernel.training.spec import Point, Receipt, Result, TrialSpec
 
 
 class Trial:
@@ -85,18 +35,20 @@ class Trial:
     """
 
     def __init__(self, spec: TrialSpec) -> None:
-        settle_torch(spec.compute)
-        memory.keep_heap_ready()
+        settle(spec.compute)
         kept.forget()  # the model that a worker of the kernel has left: this one is changed
         self._spec = spec
         self._problem = load_start(spec)
+        self._batches = examples.Examples(spec.encoded, spec.compute.device)
+        longest = self._batches.batch(self._batches.longest[:1])
+        self._pass = pass_size(self._problem, longest, spec.training, spec.compute)
         self._trainer = Trainer(
             self._problem.module,
             self._problem.readout,
             self._examples(),
             spec.training,
             metric=spec.metric,
-            batch_size=spec.compute.batch_size,
+            batch_size=self._pass,
         )
         if spec.files.checkpoint.exists():
             self._trainer.resume(*read_tensors(spec.files.checkpoint))
@@ -120,7 +72,7 @@ class Trial:
                 write_tensors(files.checkpoint, *trainer.state())
         if trainer.step == self._spec.training.steps and self._result is None:
             self._result = self._kept(trainer.finish())
-        return Receipt(tuple(points), self._result)
+        return Receipt(tuple(points), self._result, self._pass)
 
     def _kept(self, found: FineTuned) -> Result:
         files, spec = self._spec.files, self._spec
@@ -145,16 +97,12 @@ class Trial:
             num_parameters=spec.training.intrinsic_dimension
             or sum(value.numel() for value in found.parameters.values()),
             weights_checksum=weights,
-            peak_memory_bytes=memory.peak_bytes(spec.compute.device),
+            peak_memory_bytes=process.peak_bytes(spec.compute.device),
         )
 
     def _examples(self) -> Examples:
-        spec = self._spec
-
-        def batch(indices: Sequence[int]) -> dict[str, torch.Tensor]:
-            return collate(spec.encoded, indices, spec.compute.device)
-
-        return Examples(batch, np.array(spec.labels, dtype=np.int64), spec.splits)
+        labels = np.array(self._spec.labels, dtype=np.int64)
+        return Examples(self._batches.batch, labels, self._spec.splits)
 
 
 def load_start(spec: TrialSpec) -> Problem:
@@ -181,10 +129,10 @@ def load_start(spec: TrialSpec) -> Problem:
     if spec.encoded.label_ids:
         return problem
     if not spec.files.head.exists():
-        train, size = spec.splits[Split.train], spec.compute.batch_size
-        batches = [train[at : at + size] for at in range(0, len(train), size)]
+        train = spec.splits[Split.train]
         features = [
-            problem.features(collate(spec.encoded, own, spec.compute.device)) for own in batches
+            problem.features(collate(spec.encoded, own, spec.compute.device))
+            for own in examples.split(train, spec.compute.batch_size)
         ]
         labels = np.array([spec.labels[index] for index in train], dtype=np.int64)
         stacked = torch.cat(features).float().cpu().numpy()

@@ -9,22 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from raykernel.compute.error_text import lora_text
 from raykernel.compute.executor import InlineExecutor
-from raykernel.compute.lora_error import (
-    adapted_layers,
-    compared_parameters,
-    lora_distortion,
-    lora_text,
-)
-from raykernel.compute.worker import Worker, WorkerSpec
+from raykernel.compute.lora_error import adapted_layers, compared_parameters, lora_distortion
+from raykernel.compute.spec import WorkerSpec
+from raykernel.compute.worker import Worker
 from raykernel.config import KernelConfig, ModelConfig, ParametersConfig
 from raykernel.ntk.capture import Tracer
 from raykernel.ntk.distortion import lora_error_bound
 from raykernel.ntk.rates import Rates
 from raykernel.ntk.selections import varying
 from raykernel.ntk.stream import Streamer
+from raykernel.problem.batches import collate
 from raykernel.problem.models import load_problem
-from raykernel.problem.prompts import collate
 from raykernel.terms import Kind, Method, Precision
 from tests import cases, oracles
 from tests.compute.tiny_problem import handle_of, make_spec, save_model

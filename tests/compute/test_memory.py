@@ -21,11 +21,11 @@ from raykernel.compute.memory import (
     Sizes,
     chunk_sizes,
     halved,
-    peak_resident_bytes,
     sample_size,
     sketch_sizes,
     slowness,
 )
+from raykernel.compute.process import peak_resident_bytes
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
 from raykernel.ntk.stream import StreamBytes
@@ -164,7 +164,7 @@ def test_a_sample_is_as_large_as_fits_and_never_empty() -> None:
 
 def test_the_peak_is_this_processes_own() -> None:
     """A process inherits `ru_maxrss` from its parent, but not what is read here."""
-    code = "from raykernel.compute.memory import peak_resident_bytes as p; print(p())"
+    code = "from raykernel.compute.process import peak_resident_bytes as p; print(p())"
     ballast = bytearray(400 * MIB)
     ballast[::4096] = b"x" * len(ballast[::4096])
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -175,7 +175,7 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 from dataclasses import replace
-from raykernel.compute.memory import peak_resident_bytes
+from raykernel.compute.process import peak_resident_bytes
 from raykernel.config import ModelConfig, ProjectionConfig
 from raykernel.terms import Architecture, Projection
 from tests.compute.tiny_problem import handle_of, make_spec, texts
@@ -199,12 +199,12 @@ json.dump({"seconds": seconds, "peaks": peaks, "receipts": receipts}, sys.stdout
 OUT_OF_MEMORY = """
 import json, resource, sys
 from pathlib import Path
-from raykernel.compute import memory
+from raykernel.compute import process
 from raykernel.config import ModelConfig
 from raykernel.terms import Architecture
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 # The limit below counts addresses, which a heap keeps although it gives back their memory.
-memory.keep_heap_ready = lambda: None
+process.keep_heap_ready = lambda: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 found = []
 # First with little memory: what was free before would lie inside the limit.
@@ -213,7 +213,7 @@ for name, limit in (("little", int(sys.argv[3])), ("plenty", 0)):
                      encoded=texts(32, shortest=60, longest=64), memory_gb=4.0)
     work = None
     work = spec.blocks()
-    memory.release("cpu")
+    process.release("cpu")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * resource.getpagesize() + limit if limit else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))

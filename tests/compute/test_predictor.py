@@ -16,7 +16,7 @@ import pytest
 
 from raykernel.compute.executor import InlineExecutor
 from raykernel.compute.memory import GIB, PROCESS_BYTES, chunk_sizes, product_batch
-from raykernel.compute.predictor import PredictionReceipt, PredictionSpec
+from raykernel.compute.spec import PredictionReceipt, PredictionSpec
 from raykernel.config import ComputeConfig, GridPoint, ModelConfig
 from raykernel.errors import InputError, RunError
 from raykernel.ntk.product import ProductBytes
@@ -196,15 +196,15 @@ PREDICT = """
 import json, math, resource, sys
 from pathlib import Path
 import numpy as np
-from raykernel.compute import memory
-from raykernel.compute.predictor import PredictionSpec
+from raykernel.compute import process
+from raykernel.compute.spec import PredictionSpec
 from raykernel.config import GridPoint, ModelConfig
 from raykernel.store.predictions import Solution, missing_predictions, read_predictions
 from raykernel.terms import Architecture, Solver
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 limits, length, memory_gb = json.loads(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 if any(limits):  # they count addresses, which a heap keeps although it gives back their memory
-    memory.keep_heap_ready = lambda: None
+    process.keep_heap_ready = lambda: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 alpha = np.random.default_rng(0).standard_normal((8, 2))
 solution = Solution("sgd", tuple(json.loads(sys.argv[6])), GridPoint(Solver.ridge, 0.1, math.inf))
@@ -216,7 +216,7 @@ for limit in limits:
     work = None
     work = PredictionSpec(spec, solution, alpha).row_blocks()
     batch = work.__self__._batch
-    memory.release("cpu")
+    process.release("cpu")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * resource.getpagesize() + limit if limit else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from raykernel.compute import sketches
+from raykernel.compute.error_text import distortion_text
 from raykernel.compute.executor import InlineExecutor
-from raykernel.compute.sketches import distortion, distortion_text, sketch, work_of
-from raykernel.compute.worker import Worker, WorkerSpec
+from raykernel.compute.sketches import distortion, sketch, work_of
+from raykernel.compute.spec import WorkerSpec
+from raykernel.compute.worker import Worker
 from raykernel.config import KernelConfig, ModelConfig, ProjectionConfig
 from raykernel.errors import InputError
 from raykernel.ntk.capture import Capture, Tracer
@@ -24,8 +26,8 @@ from raykernel.ntk.distortion import error_bound
 from raykernel.ntk.project import WHOLE, intrinsic_dimension, project, project_two_sided
 from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from raykernel.ntk.rates import Rates
+from raykernel.problem.batches import collate
 from raykernel.problem.models import load_problem
-from raykernel.problem.prompts import collate
 from raykernel.terms import Kind, Precision, Projection
 from tests import cases, oracles
 from tests.compute.tiny_problem import handle_of, make_spec, save_model
@@ -111,9 +113,9 @@ def test_small_chunks_taken_block_by_block_change_rounding_only(
     spec = projected(tmp_path, model, config, precision=Precision.float64, block_size=6)
     worker = Worker(spec)
     small = dataclasses.replace(worker._sizes, batch=2, rows=4, cols=4, resident=4, stream=stream)
-    monkeypatch.setattr(worker, "_sizes", small)
+    monkeypatch.setattr(worker._fitting, "size", small)
     worker.prepare()
-    assert len(worker._streamer.segments) > 1
+    assert len(worker._captures.streamer.segments) > 1
     for cell in handle_of(spec).missing():
         worker.compute(cell)
     whole = definition(captured(spec), config)

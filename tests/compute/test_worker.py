@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from raykernel.compute.executor import InlineExecutor
-from raykernel.compute.worker import Worker, WorkerSpec
+from raykernel.compute.spec import WorkerSpec
+from raykernel.compute.worker import Worker
 from raykernel.config import ModelConfig
 from raykernel.errors import InputError, RunError
 from raykernel.ntk.capture import Capture
 from raykernel.ntk.empirical import empirical_kernel
 from raykernel.ntk.packed import SignedCapture
+from raykernel.problem.batches import collate
 from raykernel.problem.models import load_problem
-from raykernel.problem.prompts import collate
 from raykernel.store.grid import Cell
 from raykernel.terms import Architecture, Kind, Precision
 from tests.compute.tiny_problem import handle_of, make_spec, save_model, texts
@@ -173,9 +174,9 @@ def test_chunks_that_do_not_fill_a_block_change_rounding_only(
     worker = Worker(specs[1])
     sizes = worker._sizes
     small = type(sizes)(2, 2, 4, resident, stream, False, sizes.peak_bytes)
-    monkeypatch.setattr(worker, "_sizes", small)
+    monkeypatch.setattr(worker._fitting, "size", small)
     worker.prepare()
-    assert len(worker._streamer.segments) > 1
+    assert len(worker._captures.streamer.segments) > 1
     for cell in handle_of(specs[1]).missing():
         worker.compute(cell)
     kernels = [handle_of(spec).kernel() for spec in specs]
@@ -205,7 +206,7 @@ def test_columns_that_wait_as_packed_signs_change_no_bit(
         sizes = worker._sizes
         assert sizes.packed
         own = type(sizes)(2, 2, 2, resident, stream, packed, sizes.peak_bytes)
-        monkeypatch.setattr(worker, "_sizes", own)
+        monkeypatch.setattr(worker._fitting, "size", own)
         worker.prepare()
         cells = handle_of(spec).missing()
         for cell in cells[::-1] if spec is specs[2] else cells:

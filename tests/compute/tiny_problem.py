@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from raykernel.compute.worker import WorkerSpec
+from raykernel.compute.spec import WorkerSpec
 from raykernel.config import ComputeConfig, KernelConfig, ModelConfig, ParametersConfig
 from raykernel.problem.prompts import Encoded
 from raykernel.store.blocks import Store

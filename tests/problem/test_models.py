@@ -17,18 +17,17 @@ from torch import Tensor
 
 from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.errors import InputError
-from raykernel.problem.models import (
-    Batch,
-    LabelRows,
-    Problem,
-    check_model,
-    load_problem,
+from raykernel.problem.architectures import check_model
+from raykernel.problem.batches import Batch
+from raykernel.problem.checkpoints import (
     load_tokenizer,
     max_positions,
     model_identity,
     prepare_model,
 )
+from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
+from raykernel.problem.readout import LabelRows
 from raykernel.terms import Architecture, ModelSource, Pooling, Precision
 
 VOCABULARY = 60
@@ -463,7 +462,8 @@ def test_without_a_network_the_hub_cache_serves_and_a_missing_name_gets_alternat
     script = """
 from raykernel.config import ModelConfig
 from raykernel.errors import InputError
-from raykernel.problem.models import check_model, model_identity, prepare_model
+from raykernel.problem.architectures import check_model
+from raykernel.problem.checkpoints import model_identity, prepare_model
 pinned = prepare_model(ModelConfig(name="org/tiny"))
 check_model(pinned, has_prompt=True)
 print(pinned.revision, prepare_model(pinned) == pinned, model_identity(pinned)["revision"])

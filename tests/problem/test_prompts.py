@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from raykernel.config import PromptConfig, PromptText, TaskConfig
 from raykernel.errors import InputError
-from raykernel.problem.prompts import Encoded, Prompt, collate, encode, resolve_prompt
+from raykernel.problem.batches import collate
+from raykernel.problem.prompts import Encoded, Prompt, encode, resolve_prompt
 from raykernel.problem.tasks import Data, Example
 from raykernel.problem.templates import Piece, PieceKind, parse
 from raykernel.terms import Architecture, PromptStyle, Split, Truncation
