@@ -46,4 +46,4 @@ def test_a_shape_with_a_name_of_its_own_is_checked(monkeypatch: pytest.MonkeyPat
 
 def test_plain_types_are_checked() -> None:
     with pytest.raises(BeartypeCallHintParamViolation):
-        next(split([0, 1], 1))  # type: ignore[arg-type]
+        next(split((0, 1), 1))  # type: ignore[arg-type]

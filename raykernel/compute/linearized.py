@@ -68,7 +68,7 @@ class Linearizer:
         if spec.trial is None:
             raise ValueError("Found no trial, expected the spec of a kernel at θ_FT.")
         settle_torch(spec.compute)
-        memory.keep_heap_ready()
+        memory.keep_heap_ready(spec.compute)
         self._spec = spec
         self._handle = Store(spec.store_path).open(spec.fingerprint)
         head = None if spec.encoded.label_ids else self._handle.read_head()

@@ -86,7 +86,7 @@ class Predictor:
 
     def __init__(self, spec: PredictionSpec) -> None:
         settle_torch(spec.worker.compute)
-        memory.keep_heap_ready()
+        memory.keep_heap_ready(spec.worker.compute)
         self._spec = spec
         self._handle = Store(spec.worker.store_path).open(spec.worker.fingerprint)
         head = None if spec.worker.encoded.label_ids else self._handle.read_head()

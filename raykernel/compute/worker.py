@@ -121,7 +121,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         start = time.monotonic()
         settle_torch(spec.compute)
-        memory.keep_heap_ready()
+        memory.keep_heap_ready(spec.compute)
         self._spec = spec
         self._handle = Store(spec.store_path).open(spec.fingerprint)
         stored = None if spec.encoded.label_ids else self._handle.read_head()

@@ -85,7 +85,7 @@ class Trial:
 
     def __init__(self, spec: TrialSpec) -> None:
         settle_torch(spec.compute)
-        memory.keep_heap_ready()
+        memory.keep_heap_ready(spec.compute)
         self._spec = spec
         self._problem = load_start(spec)
         self._trainer = Trainer(

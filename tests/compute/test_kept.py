@@ -16,10 +16,10 @@ from raykernel.compute import kept
 from raykernel.compute.executor import Executor, InlineExecutor
 from raykernel.compute.predictor import PredictionSpec
 from raykernel.compute.worker import Worker, WorkerSpec
-from raykernel.config import ComputeConfig, ModelConfig
+from raykernel.config import ComputeConfig, GridPoint, ModelConfig
 from raykernel.errors import InputError
 from raykernel.store.predictions import Solution, read_predictions
-from raykernel.terms import Precision
+from raykernel.terms import Precision, Solver
 from tests.compute.test_worker import files
 from tests.compute.tiny_problem import handle_of, make_spec, save_model
 
@@ -90,7 +90,7 @@ def complete(executor: Executor, spec: WorkerSpec) -> set[int]:
 def predict(executor: Executor, spec: WorkerSpec) -> tuple[set[int], bytes]:
     """Predict test along some layers only; the processes that did, and the numbers."""
     alpha = np.random.default_rng(0).standard_normal((6, 2))
-    solution = Solution("sgd", GROUPS, 0.1, math.inf)
+    solution = Solution("sgd", GROUPS, GridPoint(Solver.ridge, 0.1, math.inf))
     handle = handle_of(spec)
     jobs = handle.grid.row_indices(handle.grid.test)
     make = PredictionSpec(spec, solution, alpha).row_blocks
