@@ -23,6 +23,9 @@ from raykernel.store.grid import Cell, Grid
 from raykernel.terms import Architecture, ExecutorName
 
 BLOCK_SIZE = 64
+PASS_SIZE = 16
+"""Examples of a pass: few enough for its activations to stay in cache."""
+
 FEW_SHOT = Grid(num_cols=BLOCK_SIZE, num_rows=20 * BLOCK_SIZE, block_size=BLOCK_SIZE)
 HALF = Grid(num_cols=BLOCK_SIZE, num_rows=10 * BLOCK_SIZE, block_size=BLOCK_SIZE)
 SQUARE = Grid(num_cols=5 * BLOCK_SIZE, num_rows=6 * BLOCK_SIZE, block_size=BLOCK_SIZE)
@@ -55,9 +58,9 @@ class Job:
 def worker_table(_: int, say: Say) -> Table:
     """Inline, and with one and two Ray workers of one thread each."""
     compute = {
-        "inline": ComputeConfig(batch_size=BLOCK_SIZE),
-        "1 worker": ComputeConfig(ExecutorName.ray, workers=1, batch_size=BLOCK_SIZE),
-        "2 workers": ComputeConfig(ExecutorName.ray, workers=2, batch_size=BLOCK_SIZE),
+        "inline": ComputeConfig(batch_size=PASS_SIZE),
+        "1 worker": ComputeConfig(ExecutorName.ray, workers=1, batch_size=PASS_SIZE),
+        "2 workers": ComputeConfig(ExecutorName.ray, workers=2, batch_size=PASS_SIZE),
     }
     table = Table(
         f"Workers: blocks of {BLOCK_SIZE} x {BLOCK_SIZE} texts, RoBERTa, 4 layers, T=16 to 32, one "

@@ -32,7 +32,7 @@ def settle(compute: ComputeConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(True, warn_only=True)
-    process.keep_heap_ready()
+    process.keep_heap_ready(compute)
 
 
 def stored_head(spec: WorkerSpec, handle: KernelHandle) -> Head | None:

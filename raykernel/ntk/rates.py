@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from raykernel.cache import cache_folder
+from raykernel.ntk.passes import is_out_of_memory
 
 _REPEATS = 5
 
@@ -89,7 +90,12 @@ def pass_rate(
     if count < 2:
         return PassRate(0.0, one / num_tokens)
     repeats = max(1, min(_REPEATS, affordable // count))
-    several = _best(lambda: run(count), device, repeats=repeats, clock=clock)
+    try:
+        several = _best(lambda: run(count), device, repeats=repeats, clock=clock)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return PassRate(0.0, one / num_tokens)  # real passes are made smaller when they come to it
     token = max(several - one, 0.0) / ((count - 1) * num_tokens)
     return PassRate(max(one - token * num_tokens, 0.0), token)
 

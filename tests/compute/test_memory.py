@@ -204,7 +204,7 @@ from raykernel.config import ModelConfig
 from raykernel.terms import Architecture
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 # The limit below counts addresses, which a heap keeps although it gives back their memory.
-process.keep_heap_ready = lambda: None
+process.keep_heap_ready = lambda compute: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 found = []
 # First with little memory: what was free before would lie inside the limit.
@@ -212,6 +212,7 @@ for name, limit in (("little", int(sys.argv[3])), ("plenty", 0)):
     spec = make_spec(Path(sys.argv[1], name), model, num_train=32, num_rows=32, block_size=32,
                      encoded=texts(32, shortest=60, longest=64), memory_gb=4.0)
     work = None
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     work = spec.blocks()
     process.release("cpu")
     pages = int(Path("/proc/self/statm").read_text().split()[0])

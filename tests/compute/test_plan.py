@@ -36,6 +36,17 @@ def test_a_rate_is_the_line_through_one_example_and_several() -> None:
     assert rate.fixed == pytest.approx(0.01, rel=0.1)
     assert rate.token == pytest.approx(0.002, rel=0.1)
     assert pass_rate(run, 5, "cpu", most=1).seconds([5]) == pytest.approx(0.02, rel=0.1)
+
+
+def test_several_examples_that_do_not_fit_are_predicted_from_one() -> None:
+    def run(count: int) -> None:
+        if count > 1:
+            raise MemoryError
+        time.sleep(0.001)
+
+    rate = pass_rate(run, 5, "cpu", most=4)
+    assert rate.fixed == 0
+    assert rate.token > 0
     assert rate.seconds([10, 20]) == pytest.approx(2 * rate.fixed + 30 * rate.token)
 
 

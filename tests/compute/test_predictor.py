@@ -204,7 +204,7 @@ from raykernel.terms import Architecture, Solver
 from tests.compute.tiny_problem import handle_of, make_spec, texts
 limits, length, memory_gb = json.loads(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 if any(limits):  # they count addresses, which a heap keeps although it gives back their memory
-    process.keep_heap_ready = lambda: None
+    process.keep_heap_ready = lambda compute: None
 model = ModelConfig(name=sys.argv[2], architecture=Architecture.masked_lm)
 alpha = np.random.default_rng(0).standard_normal((8, 2))
 solution = Solution("sgd", tuple(json.loads(sys.argv[6])), GridPoint(Solver.ridge, 0.1, math.inf))
