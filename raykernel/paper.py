@@ -16,12 +16,15 @@ PAIRS = "mnli,snli,qnli,rte,mrpc,qqp"
 TASKS = f"{SINGLE},{PAIRS}"
 SIX = "sst2,mr,cr,qnli,rte,qqp"
 """Tasks of Tables 7, 9 and 11."""
+NINE = "sst2,mr,cr,mpqa,subj,qnli,rte,mrpc,qqp"
+"""Tasks of two labels, those of Table 8."""
 SEEDS = "13,21,42,87,100"
 
 BASE = {"model": "roberta_base", "training.keep_weights": "false"}
 SPACE = {"task": TASKS, "task.k": "16,64", "task.seed": SEEDS}
 
 _BATCHES = "2,4,8"
+_LORA_AND_HEAD = "[lora_,lm_head]"  # the paper's code trains the language model's head, too
 
 SGD = Arm(
     "SGD-FT",
@@ -40,13 +43,17 @@ ADAM = Arm(
 LORA = Arm(
     "SGD-LoRA FT",
     Command.finetune,
-    {"training": "sgd", "parameters": "lora"},
+    {"training": "sgd", "parameters": "lora", "parameters.include": _LORA_AND_HEAD},
     {"training.batch_size": "4,16", "training.learning_rate": "1e-4,1e-3,1e-2"},
     demo={"training.learning_rate": "1e-2"},
 )
 KERNELS = Arm("kernels", Command.kernel, {"kernel.kinds": "[sgd,signgd,asigngd]"})
 KERNEL = Arm("K(SGD)", Command.kernel, {"kernel.kinds": "[sgd]"})
-KERNEL_LORA = Arm("K(SGD), LoRA", Command.kernel, {"kernel.kinds": "[sgd]", "parameters": "lora"})
+KERNEL_LORA = Arm(
+    "K(SGD), LoRA",
+    Command.kernel,
+    {"kernel.kinds": "[sgd]", "parameters": "lora", "parameters.include": _LORA_AND_HEAD},
+)
 SGD_BEHAVIOR = Arm(
     "SGD", Command.behavior, {"training": "sgd", "kernel.kinds": "[sgd]"}, like=SGD.name
 )
@@ -56,3 +63,21 @@ ADAM_BEHAVIOR = Arm(
     {"training": "adam", "kernel.kinds": "[signgd,asigngd]"},
     like=ADAM.name,
 )
+DERIVATIVE = Arm("χ", Command.kernel, {"kernel.kinds": "[sgd]"})
+
+DEMO: dict[str, str | None] = {
+    "experiment": "demo",
+    "model": None,
+    "task": None,
+    "task.k": "1",
+    "task.seed": "13,21",
+}
+"""MiniLM without a prompt, minutes on two cores."""
+DEMO_PROMPT: dict[str, str | None] = {
+    "experiment": "demo_prompt",
+    "model": None,
+    "task": None,
+    "task.k": "2",
+    "task.seed": "13",
+}
+"""SmolLM2 with prompts."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from raykernel.console import counted
 from raykernel.published import Number, published
 from raykernel.terms import Command
 
 Row = dict[str, Any]
 """A row of the tables `kernels`, `trials` or `behavior`, with `arm` beside."""
-
 
 TASKS_PER_SHEET = 7
 """Columns of a sheet that hold tasks: so many means fit beside each other where piped."""
@@ -51,6 +51,7 @@ class Sheet:
     rows: Sequence[Sequence[str]]
 
 
+@runtime_checkable
 class Table(Protocol):
     """From rows to sheets."""
 
@@ -128,7 +129,7 @@ def best_on_dev(rows: Sequence[Row], by: Sequence[str]) -> list[Row]:
     return list(best.values())
 
 
-def mean_std(values: Sequence[float | None], *, scale: float, digits: int) -> str:
+def mean_std(values: Sequence[float | None], *, scale: int | float, digits: int) -> str:
     """Mean and standard deviation over seeds as the paper prints them: `89.0 (1.5)`.
 
         mean = Σ v / n,  std = sqrt(Σ (v - mean)² / n)
@@ -155,73 +156,74 @@ def dots(values: Sequence[bool | None]) -> str:
     return "".join({True: "●", False: "○", None: UNKNOWN}[value] for value in values) or UNKNOWN
 
 
-def per_task(
-    lines: Sequence[Line],
-    *,
-    title: str,
-    table: int | None = None,
-    by: Sequence[str] = ("k",),
-    scale: float = 100.0,
-    digits: int = 1,
-    cell: Callable[[list[Any]], str] | None = None,
-) -> Table:
-    """A table with a column per task, as most of the paper's are.
+@dataclass(frozen=True, slots=True)
+class TaskTable:
+    """A table with a line per method and a column per task, as most of the paper's are.
 
-    Args:
-        lines: its methods.
-        title: what it shows.
-        table: number of the paper's table; None: there are no numbers to compare with.
-        by: columns whose values are told apart: lines are repeated for every combination.
-        scale: of numbers, 100 for percentages.
-        digits: after the point.
-        cell: text of one value per seed, in the order of seeds; None: `mean_std`.
-
-    Returns:
-        The function from rows to sheets.
+    A mean of fewer seeds than the table has says of how many: `89.0 (1.5) [4]`.
     """
 
-    def shown(values: list[Any]) -> str:
-        return cell(values) if cell else mean_std(values, scale=scale, digits=digits)
+    lines: Sequence[Line]
+    title: str
+    paper: int | None = None
+    """Number of the paper's table; None: there are no numbers to compare with."""
+    by: Sequence[str] = ("k",)
+    """Columns whose values are told apart: lines are repeated for every combination."""
+    scale: int | float = 100
+    """Factor of numbers, 100 for percentages."""
+    digits: int = 1
+    cell: Callable[[Sequence[Any]], str] | None = None
+    """Text of one value per seed, in the order of seeds; None: `mean_std`."""
 
-    def make(rows: Sequence[Row], *, compare: bool) -> list[Sheet]:
-        numbers = published(table) if compare and table is not None else []
+    def __call__(self, rows: Sequence[Row], *, compare: bool) -> list[Sheet]:
+        """Make the sheets, see `Table`."""
+        numbers = published(self.paper) if compare and self.paper is not None else []
         tasks = list(dict.fromkeys(row["task"] for row in rows))
-        seeds = len({row["seed"] for row in rows})
-        sheets = []
-        for start in range(0, len(tasks), TASKS_PER_SHEET):
-            chosen = tasks[start : start + TASKS_PER_SHEET]
-            own = [row for row in rows if row["task"] in chosen]
-            texts = _texts(own, chosen, numbers)
-            heading = f"{title}; {seeds} {'seed' if seeds == 1 else 'seeds'}"
-            sheets.append(Sheet(heading, [*by, "method", "of", *chosen], texts))
-        return sheets
+        return [
+            self._sheet(rows, tasks[start : start + TASKS_PER_SHEET], numbers)
+            for start in range(0, len(tasks), TASKS_PER_SHEET)
+        ]
 
-    def _texts(
-        rows: Sequence[Row], tasks: Sequence[str], numbers: Sequence[Number]
-    ) -> list[list[str]]:
+    def _sheet(
+        self, rows: Sequence[Row], tasks: Sequence[str], numbers: Sequence[Number]
+    ) -> Sheet:
+        own = [row for row in rows if row["task"] in tasks]
+        seeds = len({row["seed"] for row in rows})
         texts = []
-        for group in dict.fromkeys(tuple(row[name] for name in by) for row in rows):
-            same = [row for row in rows if tuple(row[name] for name in by) == group]
-            for line in lines:
-                picked = best_on_dev(line.pick(same), ["task", "seed"])
+        for group in dict.fromkeys(self._group(row) for row in own):
+            same = [row for row in own if self._group(row) == group]
+            for line in self.lines:
                 front = [*map(str, group), line.label]
-                ours, theirs = [], []
-                for task in tasks:
-                    found = [row for row in picked if row["task"] == task]
-                    found.sort(key=lambda row: int(row["seed"]))
-                    ours.append(shown([row[line.column] for row in found]))
-                    theirs.append(_theirs(line.label, found, numbers))
-                texts.append([*front, "raykernel", *ours])
+                picked = [_seeds_of(line.pick(same), task) for task in tasks]
+                ours = [self._text(line, found, seeds) for found in picked]
+                theirs = [_theirs(line, found, numbers) for found in picked]
+                texts.append([*front, *["raykernel"] * bool(numbers), *ours])
                 if any(theirs):
                     texts.append([*front, "paper", *(text or UNKNOWN for text in theirs)])
-        return texts
+        title = f"{self.title}; {counted(seeds, 'seed')}"
+        if any("[" in text for line in texts for text in line):
+            title += ", [n]: n of them"
+        return Sheet(title, [*self.by, "method", *["by"] * bool(numbers), *tasks], texts)
 
-    return make
+    def _group(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.by)
+
+    def _text(self, line: Line, rows: Sequence[Row], seeds: int) -> str:
+        values = [row[line.column] for row in rows]
+        if self.cell is not None:
+            return self.cell(values)
+        text = mean_std(values, scale=self.scale, digits=self.digits)
+        known = sum(value is not None for value in values)
+        return f"{text} [{known}]" if 0 < known < seeds else text
 
 
-def _theirs(method: str, rows: Sequence[Row], numbers: Sequence[Number]) -> str:
-    """The paper's number of the same task, k, prompt and model; empty if it has none."""
-    for number in numbers:
-        if rows and number.method == method and number.is_of(rows[0]):
-            return number.text
-    return ""
+def _seeds_of(rows: Sequence[Row], task: str) -> list[Row]:
+    """The selected row of every seed, in the order of seeds."""
+    of_task = [row for row in rows if row["task"] == task]
+    return sorted(best_on_dev(of_task, ["seed"]), key=lambda row: int(row["seed"]))
+
+
+def _theirs(line: Line, rows: Sequence[Row], numbers: Sequence[Number]) -> str:
+    """The paper's number of the same method, task, k, prompt and model; empty if it has none."""
+    same = (n.text for n in numbers if rows and n.method == line.label and n.is_of(rows[0]))
+    return next(same, "")

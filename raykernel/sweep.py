@@ -1,29 +1,28 @@
-"""`raykernel sweep NAME`: run the points of a study one after the other and print its table.
+"""`raykernel sweep NAME`: run the points of a study and print its table.
 
     sweeps/NAME.py → Study + command line → Plan → points → engine → rows → sheets
 
-A point is a command and its overrides, nothing else. Points end in the result tables of the store,
-by the stages of their own command, so that a point whose result is stored computes nothing and a
-study that was killed goes on. Whatever runs points is an `Engine`.
+Points end in the result tables of the store, by the stages of their own command, so that a point
+whose result is stored computes nothing and a study that was killed goes on. Whatever runs points
+is an `Engine`.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import ast
 import itertools
+import runpy
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
-from raykernel.compose import ComposedRun, check_spelling, compose_runs, explain, quote_null_prompt
+from raykernel.compose import ComposedRun
 from raykernel.console import Screen, counted
 from raykernel.errors import InputError, RaykernelError, nearest
 from raykernel.published import sweeps_dir
+from raykernel.space import Plan, Point, check, make_plan, spelt
 from raykernel.store.blocks import Store
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.terms import Command
@@ -31,21 +30,22 @@ from raykernel.terms import Command
 USER_FOLDER = Path("sweeps")
 """A user's own studies, below the working folder."""
 
-_NOT_THE_SETTING = ("store", "compute")
-"""Groups that change no result."""
-_SOURCES = {"task.data_dir"}
-"""Keys that change where the same data comes from."""
+_HELP = {"-h", "--help"}
 
 
 # ---------------------------------------------------------------- studies in files
 
 
 def study_files() -> dict[str, Path]:
-    """Files of studies by name: the package's, then those of `./sweeps`, which come first."""
-    found = {}
+    """Files by name: the package's, and those of `./sweeps`, which replace ones of the same name.
+
+    Returns:
+        Paths of Python files, whether or not they are studies.
+    """
+    found: dict[str, Path] = {}
     for folder in (sweeps_dir(), USER_FOLDER):
-        found |= {path.stem: path for path in sorted(folder.glob("*.py"))}
-    return found
+        found |= {path.stem: path for path in folder.glob("*.py")}
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
 def load_study(name: str) -> Study:
@@ -54,7 +54,7 @@ def load_study(name: str) -> Study:
     Its file is Python and is run, so only the package's own folder and `./sweeps` are looked in.
 
     Args:
-        name: of its file, without ending; its first word is enough.
+        name: of its file, without ending; its first word is enough where no other has it.
 
     Returns:
         The study.
@@ -62,210 +62,66 @@ def load_study(name: str) -> Study:
     Raises:
         InputError: if there is no such study, or its file defines none.
     """
-    studies = study_files()
-    # The first word is enough where only one study has it: table2.
-    short = [stem for stem in studies if stem.split("_")[0] == name]
-    if name not in studies and len(short) == 1:
+    files = study_files()
+    short = [stem for stem in files if stem.split("_")[0] == name]
+    if name not in files and len(short) == 1:
         (name,) = short
-    if name not in studies:
+    if name not in files:
         raise InputError(
-            f"Unknown study {name!r}: {nearest(name, studies)} `raykernel sweep` lists all; your "
+            f"Unknown study {name!r}: {nearest(name, files)} `raykernel sweep` lists all; your "
             f"own lie in ./{USER_FOLDER}."
         )
-    path = studies[name]
-    spec = importlib.util.spec_from_file_location(f"raykernel_sweep_{name}", path)
-    assert spec is not None, "the file ends in .py"
-    assert spec.loader is not None, "it is a file"
-    module = importlib.util.module_from_spec(spec)
+    path, expected = files[name], "Expected Python with `study = raykernel.study.Study(...)`."
     try:
-        spec.loader.exec_module(module)
+        # Unlike an import it leaves no byte code beside the file.
+        study = runpy.run_path(str(path), run_name=f"raykernel_sweep_{name}").get("study")
     except Exception as error:  # whatever a user's file raises
         raise InputError(
-            f"{path}: found {type(error).__name__}: {error}. Expected Python that defines "
-            "`study = raykernel.study.Study(...)`."
+            f"{path}: found {type(error).__name__}: {error}. {expected} Correct the file."
         ) from error
-    study = getattr(module, "study", None)
     if not isinstance(study, Study):
-        raise InputError(
-            f"{path}: found no `study`, expected `study = raykernel.study.Study(...)` in it."
-        )
+        raise InputError(f"{path}: found no `study`. {expected} Add it.")
     return replace(study, name=name)
+
+
+def question_of(path: Path) -> str | None:
+    """The question of a study, read without running its file: `./sweeps` may hold other programs.
+
+    Args:
+        path: a Python file.
+
+    Returns:
+        The text given as `question=`; None if there is none.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "question":
+            value = node.value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                return value.value
+    return None
 
 
 def list_studies(screen: Screen) -> None:
     """Print every study with its question."""
-    rows = [[name, load_study(name).question] for name in study_files()]
+    asked = [(name, question_of(path)) for name, path in study_files().items()]
+    rows = [[name, question] for name, question in asked if question is not None]
     screen.table(["study", "question"], rows)
-    screen.out.print("Next: raykernel sweep NAME experiment=demo", markup=False)
+    screen.out.print(
+        "Next: raykernel sweep NAME --help, or raykernel sweep NAME experiment=demo", markup=False
+    )
 
 
-# ---------------------------------------------------------------- what is to be run
+def _natural(name: str) -> tuple[int, str]:
+    """Order of names: table2 before table11."""
+    digits = "".join(itertools.takewhile(str.isdigit, name.lstrip("abcdefghijklmnopqrstuvwxyz")))
+    return int(digits or 0), name
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One run of one arm."""
-
-    arm: str
-    command: Command
-    overrides: tuple[str, ...]
-    own: tuple[str, ...]
-    """Those of them that dev selects among."""
-    cell: tuple[str, ...]
-    """Those that every arm is repeated over."""
-
-    @property
-    def text(self) -> str:
-        """What a person is shown."""
-        return f"{self.arm}: {' '.join((*self.cell, *self.own))}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A study with the command line applied."""
-
-    study: Study
-    fixed: Mapping[str, str]
-    """Overrides of all points, by key."""
-    space: Mapping[str, Sequence[str]]
-    """Overrides of every shared axis."""
-    own: Mapping[str, Mapping[str, Sequence[str]]]
-    """By arm, those of the axes that dev selects among."""
-    compare: bool
-    """The setting is the study's own, so that the paper's numbers are of the same."""
-
-    def cells(self) -> list[tuple[str, ...]]:
-        """Combinations that every arm is repeated over."""
-        return list(itertools.product(*self.space.values()))
-
-    def points(self, arm: Arm, cell: tuple[str, ...]) -> list[Point]:
-        """Runs of an arm in a cell, over its own hyperparameters."""
-        every = itertools.product(*self.own[arm.name].values())
-        return [self.point(arm, cell, own) for own in every]
-
-    def point(self, arm: Arm, cell: tuple[str, ...], own: tuple[str, ...]) -> Point:
-        """One run."""
-        settings = [f"{key}={value}" for key, value in arm.settings.items()]
-        overrides = (*self.fixed.values(), *settings, *cell, *own)
-        return Point(arm.name, arm.command, overrides, own, cell)
-
-    def count(self) -> int:
-        """Runs of all arms together."""
-        arms = self.study.arms
-        return len(self.cells()) * sum(1 if a.like else len(self.points(a, ())) for a in arms)
-
-
-def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
-    """Apply a command line to a study: it fixes or widens the space.
-
-    Args:
-        study: as its file has it.
-        arguments: Hydra overrides; several values only of keys that the study varies.
-
-    Returns:
-        What to run.
-
-    Raises:
-        InputError: if an override cannot be read, or is of what the study holds fixed.
-    """
-    check_spelling(list(arguments))
-    given = [values_of(quote_null_prompt(argument)) for argument in arguments]
-    chosen = dict(given)
-    space, base, arms = dict(study.space), dict(study.base), list(study.arms)
-    compare = all(_keeps_setting(key, study) for key in chosen)
-    if chosen.get("experiment") == ["experiment=demo"]:
-        del chosen["experiment"]
-        dropped = {key for key, value in study.demo.items() if value is None}
-        base = {key: value for key, value in base.items() if key not in dropped}
-        space = {key: value for key, value in space.items() if key not in dropped}
-        arms = [replace(arm, space=arm.demo) for arm in arms]
-        texts = [f"{key}={value}" for key, value in study.demo.items() if value is not None]
-        chosen = dict(values_of(quote_null_prompt(text)) for text in texts) | chosen
-    axes = {*space, *(key for arm in arms for key in arm.space)}
-    for key, values in chosen.items():
-        for arm in arms:
-            if key in arm.settings:
-                raise InputError(
-                    f"{key}: the study {study.name} sets it to {arm.settings[key]} for its method "
-                    f"{arm.name!r}. Drop it, or run `raykernel {arm.command.value}`."
-                )
-        if len(values) > 1 and key not in axes:
-            raise InputError(
-                f"{key}: found {len(values)} values, expected one, because the study "
-                f"{study.name} varies only {', '.join(sorted(axes))}."
-            )
-    shared = _axes(space, chosen)
-    own = {arm.name: _axes(arm.space, chosen) for arm in arms}
-    used = {*shared, *(key for axis in own.values() for key in axis)}
-    fixed = {key: f"{key}={value}" for key, value in base.items()}
-    fixed |= {key: values[0] for key, values in chosen.items() if key not in used}
-    return Plan(replace(study, arms=arms), fixed, shared, own, compare)
-
-
-def values_of(argument: str) -> tuple[str, list[str]]:
-    """One override in Hydra's sweep grammar as a key and a plain override per value.
-
-    Args:
-        argument: `task=sst2,mr` or `task.k=range(1,4)`, for example.
-
-    Returns:
-        The key and its overrides.
-
-    Raises:
-        InputError: if it cannot be read, or is an interval.
-    """
-    try:
-        override = OverridesParser.create().parse_override(argument)
-    except HydraException as error:
-        raise InputError(explain(error, [argument])) from error
-    key = str(override.get_key_element())
-    if not override.is_sweep_override():
-        return key, [argument]
-    if not override.is_discrete_sweep():
-        raise InputError(
-            f"{argument!r}: found an interval, expected values: every point of the space is run. "
-            f"List some, as in {key}=1e-4,1e-3."
-        )
-    return key, [f"{key}={value}" for value in override.sweep_string_iterator()]
-
-
-def _axes(space: Mapping[str, str], chosen: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Overrides by key of a space, the command line's where it has some."""
-    return {
-        key: chosen.get(key) or values_of(quote_null_prompt(f"{key}={values}"))[1]
-        for key, values in space.items()
-    }
-
-
-def _keeps_setting(key: str, study: Study) -> bool:
-    return key in study.space or key in _SOURCES or key.split(".")[0] in _NOT_THE_SETTING
-
-
-def check(plan: Plan) -> None:
-    """Compose every override once, so that a wrong one is said before anything runs.
-
-    Args:
-        plan: what to run.
-    """
-    seen: set[str] = set()
-    for arm in plan.study.arms:
-        model = plan.study.arm(arm.like) if arm.like else arm
-        for cell in plan.cells():
-            for own in itertools.product(*plan.own[model.name].values()):
-                point = plan.point(arm, cell, own)
-                new = {f"{arm.name} {text}" for text in point.overrides}
-                if not new <= seen:
-                    seen |= new
-                    compose_point(point)
-
-
-def compose_point(point: Point) -> ComposedRun:
-    """The resolved configuration of a point."""
-    (run,) = compose_runs(point.command.value, list(point.overrides))
-    return run
-
-
-# ---------------------------------------------------------------- running it
+# ---------------------------------------------------------------- running points
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,11 +129,12 @@ class Done:
     """A point that has been run."""
 
     point: Point
-    rows: list[Row]
+    rows: Sequence[Row]
     error: str = ""
     """Why it failed; empty if it did not."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs points. Each is independent of the others and may run anywhere that sees the store."""
 
@@ -296,15 +153,24 @@ class Engine(Protocol):
 
 
 def in_order(points: Sequence[Point], run: Callable[[Point], list[Row]]) -> Iterator[Done]:
-    """The engine that runs one point after the other in this process."""
+    """The engine that runs one point after the other in this process.
+
+    Args:
+        points: what to run.
+        run: runs one.
+
+    Yields:
+        Every point once.
+    """
     for point in points:
         try:
-            yield Done(point, run(point))
-        except RaykernelError as error:
-            yield Done(point, [], str(error))
-        except Exception as error:
-            traceback.print_exception(error)
-            yield Done(point, [], f"{type(error).__name__}: {error}")
+            rows, error = run(point), ""
+        except RaykernelError as failure:
+            rows, error = [], str(failure) or type(failure).__name__
+        except Exception as failure:
+            traceback.print_exception(failure)
+            rows, error = [], f"{type(failure).__name__}: {failure}"
+        yield Done(point, rows, error)
 
 
 def run_study(plan: Plan, screen: Screen, engine: Engine = in_order) -> list[Done]:
@@ -367,7 +233,7 @@ def run_point(point: Point, screen: Screen) -> list[Row]:
     Returns:
         Its rows in the result tables; of the command kernel one per kind.
     """
-    rows = _RUN[point.command](compose_point(point), screen)
+    rows = _RUN[point.command](point.compose(), screen)
     return [{**row, "arm": point.arm} for row in rows]
 
 
@@ -412,13 +278,12 @@ def sweep(arguments: Sequence[str], screen: Screen) -> int:
     Returns:
         0 if all points went well, 1 if some failed.
     """
-    if not arguments or arguments[0] in {"-h", "--help"}:
+    if not arguments or arguments[0] in _HELP:
         screen.out.print("usage: raykernel sweep NAME [overrides]\n", markup=False)
         list_studies(screen)
         return 0
-    study = load_study(arguments[0])
-    asked = [argument for argument in arguments[1:] if argument not in {"-h", "--help"}]
-    plan = make_plan(study, asked)
+    asked = [argument for argument in arguments[1:] if argument not in _HELP]
+    plan = make_plan(load_study(arguments[0]), asked)
     if len(asked) < len(arguments) - 1:
         describe(plan, screen)
         return 0
@@ -433,25 +298,14 @@ def describe(plan: Plan, screen: Screen) -> None:
         plan: the study with the command line applied.
         screen: where to print.
     """
-    study = plan.study
-    every = [["every method", "", _spelt(plan.space)]]
-    own = [
-        [arm.name, arm.command.value, f"as selected for {arm.like}" if arm.like else ""]
-        if arm.like or not plan.own[arm.name]
-        else [arm.name, arm.command.value, _spelt(plan.own[arm.name])]
-        for arm in study.arms
-    ]
-    screen.table(["method", "command", "space"], [*every, *own], title=study.question)
+    rows = [["every method", "", spelt(plan.space)]]
+    for arm in plan.study.arms:
+        own = f"as selected for {arm.like}" if arm.like else spelt(plan.own[arm.name])
+        rows.append([arm.name, arm.command.value, own])
+    screen.table(["method", "command", "space"], rows, title=plan.study.question)
     fixed = " ".join(plan.fixed.values())
     screen.out.print(
-        f"{counted(plan.count(), 'run')}; all with {fixed or 'the defaults'}", markup=False
-    )
-
-
-def _spelt(space: Mapping[str, Sequence[str]]) -> str:
-    """Axes as one would type them."""
-    return " ".join(
-        f"{key}={','.join(text.split('=', 1)[1] for text in texts)}" for key, texts in space.items()
+        f"{counted(plan.count(), 'run')}" + (f", all with {fixed}" if fixed else ""), markup=False
     )
 
 
@@ -466,20 +320,21 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     Returns:
         The exit code.
     """
-    study = plan.study
+    study, total = plan.study, plan.count()
     rows = [row for done in found for row in done.rows]
     failed = [done for done in found if done.error]
     screen.out.print(f"\n{study.question}", markup=False)
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
     if rows and not plan.compare:
-        screen.say("The setting is not the paper's, so that its numbers are not shown.")
-    left_out = plan.count() - len(found)
+        screen.say("Note: the setting is not the paper's, so that its numbers are not shown.")
+    left_out = total - len(found)
     screen.out.print(
-        f"{study.name}: {len(found) - len(failed)} of {plan.count()} runs are complete"
+        f"{study.name}: {len(found) - len(failed)} of {total} runs are complete"
         + (f", {len(failed)} failed" if failed else "")
         + (f", {left_out} could not begin" if left_out else "")
-        + ". The same command completes what is missing and computes nothing twice."
+        + ". The same command computes only what is missing.",
+        markup=False,
     )
     for done in failed:
         screen.say(f"  {done.point.text}: {done.error.splitlines()[0]}")

@@ -1,7 +1,7 @@
 """Table 1 of Malladi et al. 2023: does fine-tuning behave like its kernel?"""
 
-from raykernel.paper import ADAM, ADAM_BEHAVIOR, BASE, SGD, SGD_BEHAVIOR, SPACE
-from raykernel.study import Line, Study, dots, per_task
+from raykernel.paper import ADAM, ADAM_BEHAVIOR, BASE, DEMO, SGD, SGD_BEHAVIOR, SPACE
+from raykernel.study import Line, Study, TaskTable, dots
 
 CRITERIA = {
     "eNTK solves task": "solves",
@@ -15,7 +15,7 @@ study = Study(
     base=BASE,
     space=SPACE,
     arms=[SGD, SGD_BEHAVIOR, ADAM, ADAM_BEHAVIOR],
-    table=per_task(
+    table=TaskTable(
         [
             Line(f"{arm.name}: {label}", arm.name, column)
             for arm in (SGD_BEHAVIOR, ADAM_BEHAVIOR)
@@ -24,5 +24,5 @@ study = Study(
         title="Criteria, a dot per k-shot sample: ● holds, ○ does not, - undefined",
         cell=dots,
     ),
-    demo={"experiment": "demo", "model": None, "task": None, "task.k": "2", "task.seed": "13,21"},
+    demo=DEMO,
 )

@@ -1,14 +1,14 @@
 """Table 2 of Malladi et al. 2023: prompt-based fine-tuning beside kernel regression."""
 
-from raykernel.paper import ADAM, BASE, KERNELS, SGD, SPACE
-from raykernel.study import Line, Study, per_task
+from raykernel.paper import ADAM, BASE, DEMO, KERNELS, SGD, SPACE
+from raykernel.study import Line, Study, TaskTable
 
 study = Study(
     question="Does kernel regression solve a task as well as fine-tuning does? (Table 2)",
     base=BASE,
     space=SPACE,
     arms=[SGD, KERNELS, ADAM],
-    table=per_task(
+    table=TaskTable(
         [
             Line("SGD-FT", "SGD-FT", "finetuned"),
             Line("K(SGD)", "kernels", "kernel_regression", {"kind": "sgd"}),
@@ -17,7 +17,7 @@ study = Study(
             Line("K(A-SignGD)", "kernels", "kernel_regression", {"kind": "asigngd"}),
         ],
         title="Test metric (%), mean (std) over k-shot samples",
-        table=2,
+        paper=2,
     ),
-    demo={"experiment": "demo", "model": None, "task": None, "task.k": "2", "task.seed": "13,21"},
+    demo=DEMO,
 )
