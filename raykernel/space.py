@@ -165,9 +165,7 @@ def spelt(axes: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def _as_demo(
-    study: Study, chosen: Mapping[str, list[str]]
-) -> tuple[Study, dict[str, list[str]]]:
+def _as_demo(study: Study, chosen: Mapping[str, list[str]]) -> tuple[Study, dict[str, list[str]]]:
     """The study at the size of minutes, and the command line over it."""
     if chosen["experiment"] != ["experiment=demo"]:
         raise InputError(
@@ -175,7 +173,9 @@ def _as_demo(
             "task and model itself. Give those keys of the experiment that you want."
         )
     if not study.demo:
-        raise InputError(f"experiment=demo: {study.name} has no demo. Leave it out, or add `demo=`.")
+        raise InputError(
+            f"experiment=demo: {study.name} has no demo, expected demo=... in its file. Add it."
+        )
     kept = {key: values for key, values in chosen.items() if key != "experiment"}
     texts = [f"{key}={value}" for key, value in study.demo.items() if value is not None]
     small = replace(

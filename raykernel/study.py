@@ -184,9 +184,7 @@ class TaskTable:
             for start in range(0, len(tasks), TASKS_PER_SHEET)
         ]
 
-    def _sheet(
-        self, rows: Sequence[Row], tasks: Sequence[str], numbers: Sequence[Number]
-    ) -> Sheet:
+    def _sheet(self, rows: Sequence[Row], tasks: Sequence[str], numbers: Sequence[Number]) -> Sheet:
         own = [row for row in rows if row["task"] in tasks]
         seeds = len({row["seed"] for row in rows})
         texts = []

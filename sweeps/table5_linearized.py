@@ -7,6 +7,7 @@ study = Study(
     question="How much of fine-tuning's gain does the linearised model recover? (Table 5)",
     base=BASE,
     space=SPACE,
+    # Accuracy of every task, while dev selects by the task's own metric: the paper does not say.
     arms=[ADAM, ADAM_BEHAVIOR],
     table=TaskTable(
         [

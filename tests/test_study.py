@@ -10,7 +10,9 @@ from raykernel.study import Line, TaskTable, best_on_dev, dots, mean_std
 BASE = "FacebookAI/roberta-base"
 
 
-def row(task: str, seed: int, finetuned: float | bool | None, dev: float = 0.5, **more: object) -> dict:
+def row(
+    task: str, seed: int, finetuned: float | bool | None, dev: float = 0.5, **more: object
+) -> dict:
     known = {"arm": "SGD-FT", "task": task, "k": 16, "seed": seed, "prompt": "manual"}
     return known | {"model": BASE, "finetuned": finetuned, "dev": dev} | more
 
