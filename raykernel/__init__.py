@@ -4,7 +4,7 @@ A *problem* (task + prompt + model) is a function f from texts to logits. Its *n
 *blocks*, per layer; workers *compute* the missing ones into a *store*; *analysis* solves kernel
 regression with any sum of them.
 
-    conf/ ──► cli ──► pipeline
+    conf/ ──► cli ──► pipeline ◄── sweep ◄── sweeps/*.py
                         │
         ┌───────────────┼──────────────┐
      compute         analysis        query

@@ -33,6 +33,9 @@ commands that run a configuration (arguments are Hydra overrides; try --help, --
             stores the results
   behavior  fine-tunes, and says whether that behaves like its kernel
 
+many runs, one table:
+  sweep     runs a study, such as a table of the paper; alone it lists all
+
 commands over a store (try --help):
   query     SQL over the result store
   verify    checks every checksum and manifest of a store
@@ -226,6 +229,14 @@ def tool_query(arguments: list[str]) -> int:
     return 0
 
 
+def tool_sweep(arguments: list[str]) -> int:
+    """`raykernel sweep`."""
+    from raykernel.console import Screen
+    from raykernel.sweep import sweep
+
+    return sweep(arguments, Screen())
+
+
 def tool_verify(arguments: list[str]) -> int:
     """`raykernel verify`."""
     parser = argparse.ArgumentParser(
@@ -252,4 +263,8 @@ RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
     "finetune": run_finetune,
     "behavior": run_behavior,
 }
-TOOLS: dict[str, Callable[[list[str]], int]] = {"query": tool_query, "verify": tool_verify}
+TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "sweep": tool_sweep,
+    "query": tool_query,
+    "verify": tool_verify,
+}

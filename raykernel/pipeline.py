@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from raykernel.analysis.behavior import output_derivatives
 from raykernel.compute.error_text import distortion_text, lora_text
 from raykernel.compute.executor import Executor, versions
 from raykernel.config import RunConfig, canonical_json, differences
@@ -99,6 +102,7 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
     )
     for kind in regression.results:
         row = result_row(prepared, completion, regression, kind, overrides)
+        row["output_derivative"] = mean_output_derivative(prepared, handle)
         if lora is not None and kind is Kind.sgd:
             row |= {"lora_error": lora["largest_error"], "lora_bound": lora["bound"]}
         # A repetition that computed nothing keeps the row that says what the blocks cost.
@@ -339,6 +343,23 @@ def result_row(
         "versions": canonical_json(versions()),
         "identity": canonical_json(prepared.identity),
     }
+
+
+def mean_output_derivative(prepared: Prepared, handle: KernelHandle) -> float:
+    """Mean absolute output derivative of the cross-entropy on test, before any training.
+
+    Reference: Malladi et al. 2023, Definition 3.1 and Table 8.
+
+    Args:
+        prepared: the run.
+        handle: its kernel, with the initial logits of test.
+
+    Returns:
+        The mean over examples and outputs.
+    """
+    test = handle.grid.test
+    labels = example_labels(prepared.data)[test.start :]
+    return float(np.abs(output_derivatives(handle.logits(test), labels)).mean())
 
 
 def _predicted(outcome: Outcome) -> str:

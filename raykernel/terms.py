@@ -211,3 +211,11 @@ class Split(Enum):
     train = "train"
     dev = "dev"
     test = "test"
+
+
+class Command(Enum):
+    """Commands that leave rows in the result tables."""
+
+    kernel = "kernel"
+    finetune = "finetune"
+    behavior = "behavior"

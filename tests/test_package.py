@@ -59,3 +59,17 @@ print([name for name in ("ray", "sklearn", "torch") if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == "[]\n", run.stderr
+
+
+def test_an_installed_wheel_has_the_studies(installed, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "raykernel", "sweep", "table2", "--help"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "3500 runs" in run.stdout  # as README says
+    assert list(tmp_path.iterdir()) == []
+    assert not list((installed / "raykernel" / "sweeps").glob("__pycache__"))

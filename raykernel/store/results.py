@@ -62,6 +62,7 @@ TABLES = {
                 ("zero_shot", pa.float64()),  # on test, as the next two
                 ("linear_probe", pa.float64()),
                 ("kernel_regression", pa.float64()),
+                ("output_derivative", pa.float64()),  # mean |χ| on test, before training
                 ("test_by", pa.string()),  # how test was predicted: tangent (J w) or block
                 ("dev", pa.float64()),  # of the grid point selected, whose settings follow
                 ("solved_by", pa.string()),  # ridge, logistic or asymmetric
