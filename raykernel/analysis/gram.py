@@ -44,6 +44,7 @@ def decompose(
     k_train_train: Float[np.ndarray, "n1 c1 n2 c2"],
     targets: Float[np.ndarray, "n c"],
     resolution: float | None = None,
+    scale: float = 0.0,
 ) -> Gram:
     """Eigendecomposition of a symmetric train kernel, in float64; O((nc)³).
 
@@ -51,6 +52,8 @@ def decompose(
         k_train_train: the kernel.
         targets: what it is to fit; their shape says what the kernel's must be.
         resolution: see `noise`.
+        scale: ||K||_op of the kernel that this one is a projection of: it carries the rounding
+            noise of the whole, which may be far above its own.
 
     Returns:
         Its eigenbasis.
@@ -61,13 +64,14 @@ def decompose(
     kernel = flatten(k_train_train, targets)
     eigenvalues, vectors = scipy.linalg.eigh((kernel + kernel.T) / 2)
     top = max(float(eigenvalues[-1]), 0.0)
-    if eigenvalues[0] < -NOT_PSD_TOLERANCE * max(top, np.finfo(np.float64).tiny):
+    noisy = max(top, scale)
+    if eigenvalues[0] < -NOT_PSD_TOLERANCE * max(noisy, np.finfo(np.float64).tiny):
         raise NotPositiveSemidefiniteError(
             f"The train kernel has eigenvalue {eigenvalues[0]:.3g} beside the largest "
-            f"{top:.3g}; a kernel of gradients has none below zero. Check that rows and columns "
+            f"{noisy:.3g}; a kernel of gradients has none below zero. Check that rows and columns "
             "are the same examples in the same order."
         )
-    return Gram(eigenvalues, vectors, eigenvalues > noise(k_train_train, resolution) * top)
+    return Gram(eigenvalues, vectors, eigenvalues > noise(k_train_train, resolution) * noisy)
 
 
 def flatten(
