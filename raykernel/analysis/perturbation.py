@@ -24,16 +24,8 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float
 
-from raykernel.analysis.spectrum import (
-    RIDGE,
-    Outputs,
-    Spectrum,
-    choose_outputs,
-    project,
-    read,
-    spectrum,
-    total,
-)
+from raykernel.analysis.outputs import Outputs, choose_outputs, project, total
+from raykernel.analysis.spectrum import RIDGE, Spectrum, read, spectrum
 from raykernel.errors import InputError
 
 Range = tuple[float, float]
@@ -182,7 +174,8 @@ def removing(
     whole, part, noise_a, noise_b = _pair(kernel, removed, resolution)
     relative = max(noise_a, noise_b)
     alike = partial(spectrum, outputs=outputs, centred=centred, ridge=ridge, resolution=relative)
-    before, gone, after = alike(whole), alike(part), alike(whole - part)
+    before, gone = alike(whole), alike(part)
+    after = alike(whole - part, floor=before.floor)  # a difference has the noise of the whole
     (top, bottom), (top_b, bottom_b) = _ends(before), _ends(gone)
     tops = (max(0.0, top - top_b), top - bottom_b)
     bottoms = (max(0.0, bottom - top_b), bottom - bottom_b)

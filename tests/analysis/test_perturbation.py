@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from raykernel.analysis.outputs import Outputs
 from raykernel.analysis.perturbation import adding, removing
-from raykernel.analysis.spectrum import Outputs, spectrum
+from raykernel.analysis.spectrum import spectrum
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
 
 EPS = 1e-9
@@ -149,3 +150,12 @@ def test_wrong_input_is_named():
         adding(diagonal(1, 2), diagonal(1, 2, 3))
     with pytest.raises(NotPositiveSemidefiniteError):
         removing(diagonal(1, 2), diagonal(2, 1))
+
+
+def test_a_difference_has_the_noise_of_what_it_is_taken_from():
+    """Float32 entries of A + B hold nothing of an A that is 10⁻⁹ of it."""
+    one, two = drawn(0, 4, 0.5), 1e9 * drawn(1, 4, 0.5)
+    found = removing((one + two).astype(np.float32), two.astype(np.float32))
+    assert found.after.num_unresolved == 4
+    assert math.isnan(found.after.regularised)
+    assert removing(one + two, two).after.num_unresolved == 0

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raykernel.analysis.spectrum import Outputs, Spectrum, spectrum
+from raykernel.analysis.outputs import Outputs
+from raykernel.analysis.spectrum import Spectrum, spectrum
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
 
 
@@ -285,3 +286,12 @@ def test_wrong_input_is_named():
         spectrum(kernel[:1, :, :1], centred=True)
     with pytest.raises(InputError, match="expected 1 to 3"):
         spectrum(kernel).kth(4)
+
+
+def test_noise_is_at_least_what_is_known_of_it():
+    """A floor that is given, and the size of an eigenvalue below zero."""
+    assert spectrum(scalar([4.0, 1.0, 0.5]), floor=0.7).num_unresolved == 1
+    assert spectrum(scalar([4.0, 1.0, 0.5]), floor=5.0).num_unresolved == 3
+    negative = spectrum(scalar([4.0, 1e-3, -2e-3]))
+    assert negative.floor == pytest.approx(2e-3)
+    assert negative.num_unresolved == 2
