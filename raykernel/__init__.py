@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raykernel.analysis.asymmetric import solve_asymmetric
     from raykernel.analysis.logistic import solve_logistic
     from raykernel.analysis.ridge import solve_ridge
+    from raykernel.analysis.spectrum import spectrum
     from raykernel.ntk.empirical import empirical_kernel
     from raykernel.store.blocks import open_store
 
@@ -34,6 +35,7 @@ __all__ = [
     "solve_asymmetric",
     "solve_logistic",
     "solve_ridge",
+    "spectrum",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "solve_asymmetric": "raykernel.analysis.asymmetric",
     "solve_logistic": "raykernel.analysis.logistic",
     "solve_ridge": "raykernel.analysis.ridge",
+    "spectrum": "raykernel.analysis.spectrum",
 }
 
 

@@ -29,6 +29,8 @@ commands that run a configuration (arguments are Hydra overrides; try --help, --
   doctor    checks environment and problem before a run
   kernel    completes the kernel blocks, solves kernel regression, predicts test, prints and
             stores the results
+  spectrum  completes the kernel blocks of train, prints and stores condition numbers and ranks of
+            every layer
   finetune  fine-tunes the same problem, keeps the parameters that are best on dev, prints and
             stores the results
   behavior  fine-tunes, and says whether that behaves like its kernel
@@ -180,6 +182,13 @@ def run_kernel(run: ComposedRun, screen: Screen) -> None:
     show_outcome(kernel(run.config, run.overrides, screen), screen)
 
 
+def run_spectrum(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel spectrum`."""
+    from raykernel.spectra import show_spectra, spectra
+
+    show_spectra(spectra(run.config, run.overrides, screen), screen)
+
+
 def run_finetune(run: ComposedRun, screen: Screen) -> None:
     """`raykernel finetune`."""
     from raykernel.trials import run_trial, show_trial
@@ -260,6 +269,7 @@ RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
     "plan": run_plan,
     "doctor": run_doctor,
     "kernel": run_kernel,
+    "spectrum": run_spectrum,
     "finetune": run_finetune,
     "behavior": run_behavior,
 }

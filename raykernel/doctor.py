@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from raykernel.analysis.gram import DEAD
 from raykernel.compute.executor import versions
 from raykernel.compute.memory import GIB
 from raykernel.config import RunConfig
@@ -40,9 +41,6 @@ TOLERANCE = {
     Precision.bfloat16: 1e-1,
 }
 """Relative change of a kernel that company and padding of its examples may make by rounding."""
-
-DEAD = 1e-10
-"""A layer group below this part of the kernel's trace has no gradient but rounding noise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,10 @@ from raykernel.errors import InputError, NotPositiveSemidefiniteError
 
 NOT_PSD_TOLERANCE = 1e-3
 """λ_min below minus this part of λ_max is no rounding error: the matrix is not a Gram matrix."""
+NOT_PSD_FLOORS = 10.0
+"""Nor is it below minus this many times what is known to be noise."""
+DEAD = 1e-10
+"""A layer group below this part of the kernel has no gradient but rounding noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ def decompose(
     k_train_train: Float[np.ndarray, "n1 c1 n2 c2"],
     targets: Float[np.ndarray, "n c"],
     resolution: float | None = None,
+    floor: float = 0.0,
 ) -> Gram:
     """Eigendecomposition of a symmetric train kernel, in float64; O((nc)³).
 
@@ -51,6 +56,8 @@ def decompose(
         k_train_train: the kernel.
         targets: what it is to fit; their shape says what the kernel's must be.
         resolution: see `noise`.
+        floor: an eigenvalue that is known to be noise, where that is more: the projection of a
+            kernel carries the rounding noise of the whole, which may be far above its own.
 
     Returns:
         Its eigenbasis.
@@ -61,13 +68,15 @@ def decompose(
     kernel = flatten(k_train_train, targets)
     eigenvalues, vectors = scipy.linalg.eigh((kernel + kernel.T) / 2)
     top = max(float(eigenvalues[-1]), 0.0)
-    if eigenvalues[0] < -NOT_PSD_TOLERANCE * max(top, np.finfo(np.float64).tiny):
+    allowed = max(NOT_PSD_TOLERANCE * top, NOT_PSD_FLOORS * floor, np.finfo(np.float64).tiny)
+    if eigenvalues[0] < -allowed:
         raise NotPositiveSemidefiniteError(
             f"The train kernel has eigenvalue {eigenvalues[0]:.3g} beside the largest "
             f"{top:.3g}; a kernel of gradients has none below zero. Check that rows and columns "
             "are the same examples in the same order."
         )
-    return Gram(eigenvalues, vectors, eigenvalues > noise(k_train_train, resolution) * top)
+    reached = max(noise(k_train_train, resolution) * top, floor)
+    return Gram(eigenvalues, vectors, eigenvalues > reached)
 
 
 def flatten(

@@ -79,6 +79,11 @@ class Grid:
         return range(self.num_rows)
 
     @property
+    def train(self) -> range:
+        """Train examples."""
+        return range(self.num_cols)
+
+    @property
     def train_and_dev(self) -> range:
         """Examples whose kernel with train every regression needs."""
         return range(self.num_cols + self.num_dev)

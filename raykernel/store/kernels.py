@@ -12,7 +12,8 @@
       head.arrow                 linear head, where there is one
       rates.json, precision.json, projection.json, lora.json
                                  what the first worker measured, see `pin`
-      result-<key>.parquet       result rows (results.py)
+      result-<key>.parquet, spectra-<key>.parquet
+                                 result rows (results.py)
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
 A block written twice holds the same numbers, so nobody locks and nobody waits.

@@ -189,5 +189,6 @@ TABLES = {
     "trials": Listing(RESULT_TABLES["trials"].schema, partial(Store.results, table="trials")),
     "curves": Listing(RESULT_TABLES["curves"].schema, partial(Store.results, table="curves")),
     "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
+    "spectra": Listing(RESULT_TABLES["spectra"].schema, partial(Store.results, table="spectra")),
 }
 """By name, as SQL knows them."""

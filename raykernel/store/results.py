@@ -90,6 +90,58 @@ TABLES = {
         key=("fingerprint", "kind", "solver"),
         folder="kernels/{fingerprint}",
     ),
+    "spectra": ResultTable(
+        pa.schema(
+            [
+                ("fingerprint", pa.string()),  # of the kernel
+                ("kind", pa.string()),
+                ("groups", _TEXTS),  # patterns that chose the sum; empty: all, or one layer group
+                ("layer_group", pa.string()),  # null: the sum of several
+                ("layer", pa.int64()),  # of the layer group; null outside of transformer layers
+                ("num_groups", pa.int64()),  # summed
+                ("task", pa.string()),
+                ("model", pa.string()),
+                ("prompt", pa.string()),
+                ("k", pa.int64()),
+                ("seed", pa.int64()),
+                ("num_outputs", pa.int64()),
+                ("num_train", pa.int64()),
+                ("outputs", pa.string()),  # contrast: what softmax sees; full: all
+                ("num_rows", pa.int64()),  # of their kernel, and so eigenvalues
+                ("num_unresolved", pa.int64()),  # eigenvalues that are rounding noise: they count
+                ("floor", pa.float64()),  # as 0, and null is a number made of them; this at most
+                ("sigma", pa.float64()),  # the ridge, in units of the kernel
+                ("trace_share", pa.float64()),  # of all layers' trace
+                ("top", pa.float64()),  # largest eigenvalue
+                ("bottom", pa.float64()),  # smallest
+                ("mean", pa.float64()),
+                ("condition_number", pa.float64()),  # top / bottom
+                ("condition_number_at_least", pa.float64()),  # known in spite of noise
+                ("regularised", pa.float64()),  # (top + sigma) / (bottom + sigma)
+                ("regularised_at_least", pa.float64()),
+                ("truncated", pa.float64()),  # top over the smallest that is no noise
+                ("top_over_median", pa.float64()),
+                ("top_over_mean", pa.float64()),
+                ("mean_over_bottom", pa.float64()),
+                ("amgm_gap", pa.float64()),  # log arithmetic over geometric mean, with sigma
+                ("stable_rank", pa.float64()),
+                ("participation", pa.float64()),
+                ("effective_rank", pa.float64()),
+                ("effective_dimension", pa.float64()),  # of sigma
+                ("full_condition_number", pa.float64()),  # of all outputs, as the next
+                ("full_regularised", pa.float64()),
+                ("centred_condition_number", pa.float64()),  # without the mean over examples
+                ("centred_regularised", pa.float64()),
+                ("lipschitz", pa.float64()),  # of all train outputs in the parameters; null: signs
+                ("path", pa.string()),
+                ("created", _TIME),
+                ("overrides", _TEXTS),
+            ]
+        ),
+        key=("fingerprint", "kind", "groups"),
+        folder="kernels/{fingerprint}",
+        stem="spectra",
+    ),
     "trials": ResultTable(
         pa.schema(
             [

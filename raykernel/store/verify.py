@@ -74,7 +74,7 @@ class VerifyReport:
         if not self.ok:
             lines.append("`raykernel verify --remove` deletes what a run can compute again.")
         elif self.num_missing:
-            lines.append("The command that began a kernel computes its missing blocks.")
+            lines.append("A command that needs missing blocks computes them.")
         return "\n".join(lines)
 
 
@@ -187,6 +187,8 @@ def _check_other(handle: KernelHandle, file: Path) -> None:
         handle.read_pinned(file.stem)
     elif file.match("result-*.parquet"):
         read_row_file(file, TABLES["kernels"].schema)
+    elif file.match("spectra-*.parquet"):
+        read_row_file(file, TABLES["spectra"].schema)
     elif file.name != manifest.NAME:
         raise InputError("no file of a store; move it elsewhere")
 

@@ -47,6 +47,8 @@ def store(tmp_path: Path) -> Store:
     store.write_results("curves", [{"trial": "t", "step": step} for step in (10, 0)])
     verdict = {"fingerprint": handle.fingerprint, "trial": "t", "solver": "{}", "criteria": "{}"}
     store.write_result("behavior", verdict | {"solves": True})
+    spectra = {"fingerprint": handle.fingerprint, "kind": "sgd", "groups": []}
+    store.write_results("spectra", [spectra | {"layer_group": name} for name in ("a", "b")])
     return store
 
 

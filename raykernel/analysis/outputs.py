@@ -1,0 +1,153 @@
+"""What a spectrum is of: a sum of train kernels, seen through some combinations of its outputs.
+
+Softmax does not see what all logits share. With the contrast basis Q (c, c - 1), an orthonormal
+basis of the logits that sum to 0,
+
+    K_contrast[i, a, j, b] = Σ_{a', b'} Q[a', a] K[i, a', j, b'] Q[b', b]
+
+is the kernel of what a softmax classifier can change; of c = 2 it is the kernel of the margin
+(f_1 - f_0) / √2. The gradient of cross-entropy in the logits has no part along the direction left
+out, so the condition number of all nc outputs counts n directions that do not matter. By the
+Rayleigh quotient the condition number of Qᵀ K Q is at most that of K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+
+from raykernel.analysis.gram import Gram, decompose, flatten, noise
+from raykernel.errors import InputError
+
+ASYMMETRY_TOLERANCE = 1e-3
+"""||K - Kᵀ|| above this part of ||K|| is no rounding error (Frobenius norms)."""
+
+
+class Outputs(Enum):
+    """Which combinations of a model's outputs a spectrum is of."""
+
+    full = "full"
+    """Every output: nc rows."""
+    contrast = "contrast"
+    """All that softmax sees, the logits without what they share: n(c - 1) rows."""
+    trace = "trace"
+    """(1/c) Σ_a K[i, a, j, a]: n rows."""
+    pseudo = "pseudo"
+    """The sum of all logits over √c, Mohamadi et al. 2023's pseudo-NTK: n rows. Of a trained
+    softmax head it can vanish."""
+
+
+def total(
+    kernel: Float[np.ndarray, "n1 c1 n2 c2"] | Sequence[Float[np.ndarray, "n1 c1 n2 c2"]],
+    resolution: float | None,
+) -> tuple[Float[np.ndarray, "n c n c"], float]:
+    """Sum of kernels in float64, and its resolution.
+
+    Rounding entries of positive semidefinite blocks to a relative ε/2 moves their sum K by at most
+    ε/2 · tr K ≤ ε/2 · nc ||K||_op, since Σ_l |K_l[p, q]| ≤ (K[p, p] K[q, q])^½ by Cauchy-Schwarz:
+    the resolution of one block, nc · ε, is that of any sum of them.
+
+    Args:
+        kernel: one, or several.
+        resolution: a known one.
+
+    Returns:
+        The sum and the resolution.
+
+    Raises:
+        InputError: if they are not alike, square, symmetric and finite.
+    """
+    blocks = [kernel] if isinstance(kernel, np.ndarray) else list(kernel)
+    shapes = {block.shape for block in blocks}
+    if len(shapes) != 1 or blocks[0].ndim != 4 or 0 in blocks[0].shape:
+        raise InputError(
+            f"Found kernels of shapes {sorted(shapes)}, expected one shape (n, c, n, c) and at "
+            "least one kernel."
+        )
+    n, c = blocks[0].shape[:2]
+    matrix = sum((flatten(block, np.zeros((n, c))) for block in blocks), np.zeros(()))
+    relative = max(noise(block, resolution) for block in blocks)
+    gap = float(np.linalg.norm(matrix - matrix.T))
+    if gap > ASYMMETRY_TOLERANCE * float(np.linalg.norm(matrix)):
+        raise InputError(
+            f"The train kernel differs from its transpose by {gap:.3g} of norm "
+            f"{np.linalg.norm(matrix):.3g}: expected a symmetric kernel. asigngd has singular "
+            "values but no spectrum; take sgd or signgd."
+        )
+    return ((matrix + matrix.T) / 2).reshape(n, c, n, c), relative
+
+
+def choose_outputs(outputs: Outputs | None, c: int) -> Outputs:
+    """The outputs asked for, or the default.
+
+    Args:
+        outputs: None: contrast, and full of a single output.
+        c: number of outputs.
+
+    Returns:
+        Which outputs.
+
+    Raises:
+        InputError: if contrasts of a single output are asked for.
+    """
+    if outputs is Outputs.contrast and c == 1:
+        raise InputError("outputs: found contrast of a single output, expected full.")
+    return outputs or (Outputs.full if c == 1 else Outputs.contrast)
+
+
+def project(
+    kernel: Float[np.ndarray, "n c n c"],
+    resolution: float,
+    *,
+    outputs: Outputs,
+    centred: bool,
+    floor: float = 0.0,
+) -> tuple[Gram, float]:
+    """Eigenbasis of Qᵀ K Q, whose noise is that of K.
+
+    Args:
+        kernel: the kernel K, symmetric.
+        resolution: of K.
+        outputs: which outputs.
+        centred: whether to take the mean over examples off.
+        floor: an eigenvalue that is known to be noise, where that is more.
+
+    Returns:
+        The eigenbasis, and how far noise reaches.
+
+    Raises:
+        InputError: if a single example is to be centred.
+    """
+    n, c = kernel.shape[:2]
+    if centred and n == 1:
+        raise InputError("centred: found one example, expected at least two.")
+    flat = kernel.reshape(n * c, n * c)
+    last = [n * c - 1, n * c - 1]
+    scale = float(scipy.linalg.eigvalsh(flat, subset_by_index=last)[0])
+    if outputs is Outputs.contrast:
+        kernel = _both_sides(kernel, scipy.linalg.helmert(c).T, axis=1)
+    elif outputs is Outputs.pseudo:
+        kernel = _both_sides(kernel, np.full((c, 1), 1 / math.sqrt(c)), axis=1)
+    elif outputs is Outputs.trace:
+        kernel = np.einsum("iaja->ij", kernel)[:, None, :, None] / c
+    if centred:
+        kernel = _both_sides(kernel, scipy.linalg.helmert(n).T, axis=0)
+    reached = max(resolution * scale, floor)
+    gram = decompose(kernel, np.zeros(kernel.shape[:2]), resolution, reached)
+    # A Gram matrix has no eigenvalue below zero: one that has is off by at least as much.
+    reached = max(reached, resolution * gram.top, -float(gram.eigenvalues[0]))
+    return replace(gram, kept=gram.eigenvalues > reached), reached
+
+
+def _both_sides(
+    kernel: Float[np.ndarray, "n c n c"], basis: Float[np.ndarray, "all some"], axis: int
+) -> Float[np.ndarray, "n2 c2 n2 c2"]:
+    """Qᵀ K Q along the examples (axis 0) or the outputs (axis 1)."""
+    one = np.moveaxis(np.tensordot(kernel, basis, axes=(axis, 0)), -1, axis)
+    return np.moveaxis(np.tensordot(one, basis, axes=(axis + 2, 0)), -1, axis + 2)
