@@ -298,15 +298,14 @@ def show_spectra(found: Spectra, screen: Screen) -> None:
         screen.table(
             [
                 "layers",
-                "groups",
-                "of the trace",
+                "no.",
+                "share",
                 "raw",
-                f"ridge {RIDGE:g}",
-                "its range",
+                "ridge",
+                "range",
                 "centred",
-                "truncated",
-                "top/median",
-                "effective rank",
+                "median",
+                "rank",
                 "noise",
             ],
             [_line(name, alike) for name, alike in _alike(layers).items()],
@@ -317,11 +316,11 @@ def show_spectra(found: Spectra, screen: Screen) -> None:
             ),
         )
     screen.out.print(
-        f"Each kernel has {seen.size} eigenvalues; noise: how many of them rounding hides, in all "
-        "groups of a line, which has\ntheir medians. raw: top over bottom, > where the bottom is "
-        "noise; ridge: both plus this part of the mean eigenvalue, ≤ where\nnoise may lower it; "
-        "centred: the same without the mean over examples; truncated: top over the last that is "
-        "no noise."
+        "no.: layer groups on a line, which has their medians; share: of the trace; raw: top over "
+        f"bottom of {seen.size} eigenvalues, > where\nthe bottom is rounding noise; ridge: both "
+        f"plus {RIDGE:g} of the mean eigenvalue, ≤ where noise may lower it; range: of that;\n"
+        "centred: the same without the mean over examples; median: top over median; rank: "
+        "effective rank; noise: eigenvalues\nthat rounding hides, of all groups of the line."
     )
     if found.is_projected:
         screen.out.print(
@@ -355,7 +354,7 @@ def _line(name: str, alike: Sequence[LayerSpectrum]) -> list[str]:
 
     def median(of: Callable[[LayerSpectrum], float], sign: str = "") -> str:
         known = [value for value in map(of, alike) if not math.isnan(value)]
-        return f"{sign}{np.median(known):.3g}" if known else ""
+        return sign + _short(float(np.median(known))) if known else ""
 
     hidden = sum(each.seen.num_unresolved for each in alike)
     covered = all(each.seen.is_ridge_covering for each in alike)
@@ -366,10 +365,14 @@ def _line(name: str, alike: Sequence[LayerSpectrum]) -> list[str]:
         f"{sum(each.share for each in alike):.3f}",
         median(lambda each: each.seen.at_least, "> " if hidden else ""),
         median(lambda each: each.seen.regularised, "" if covered else "≤ "),
-        f"{min(ridged):.3g} to {max(ridged):.3g}" if len(ridged) > 1 else "",
+        f"{_short(min(ridged))} to {_short(max(ridged))}" if len(ridged) > 1 else "",
         median(lambda each: math.nan if each.centred is None else each.centred.regularised),
-        median(lambda each: each.seen.truncated),
         median(lambda each: each.seen.median),
         median(lambda each: each.seen.effective_rank),
         str(hidden),
     ]
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent below a million."""
+    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"

@@ -216,5 +216,5 @@ def test_the_tiny_experiment_runs_on_the_packaged_model(
     assert main(["spectrum", "experiment=tiny"]) == 0
     out = capsys.readouterr().out
     assert "contrast of 6 outputs of 6 train examples" in out
-    assert "Each kernel has 30 eigenvalues" in out
+    assert "of 30 eigenvalues" in out
     assert "encoder.layer.*.attention.self.query" in out

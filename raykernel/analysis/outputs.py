@@ -128,8 +128,8 @@ def project(
     if centred and n == 1:
         raise InputError("centred: found one example, expected at least two.")
     flat = kernel.reshape(n * c, n * c)
-    last = [n * c - 1, n * c - 1]
-    scale = float(scipy.linalg.eigvalsh(flat, subset_by_index=last)[0])
+    # Not scipy.linalg with subset_by_index: it fails on some multiples of the identity.
+    scale = float(np.linalg.eigvalsh(flat)[-1])
     if outputs is Outputs.contrast:
         kernel = _both_sides(kernel, scipy.linalg.helmert(c).T, axis=1)
     elif outputs is Outputs.pseudo:

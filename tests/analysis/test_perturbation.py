@@ -159,3 +159,12 @@ def test_a_difference_has_the_noise_of_what_it_is_taken_from():
     assert found.after.num_unresolved == 4
     assert math.isnan(found.after.regularised)
     assert removing(one + two, two).after.num_unresolved == 0
+    grain = diagonal(1e9 + 64, 1e9 + 128).astype(np.float32)  # one and two units in the last place
+    assert removing(grain, diagonal(1e9, 1e9).astype(np.float32)).after.num_unresolved == 2
+
+
+def test_a_multiple_of_the_identity_up_to_rounding():
+    """LAPACK's solver for a part of the spectrum fails on this one."""
+    found = adding(drawn(12824, 5, 0.0), drawn(12825, 5, 2.0))
+    assert found.before.raw == pytest.approx(1)
+    assert found.is_sufficient is found.is_necessary is False
