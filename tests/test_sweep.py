@@ -186,7 +186,7 @@ def test_the_list_names_every_study_with_its_question(capsys):
 def test_the_papers_setting_and_the_demo_compose(name):
     study = load_study(name)
     assert make_plan(study, []).compare
-    check(make_plan(study, ["task=sst2"]))
+    check(make_plan(study, ["task=sst2", "task.k=16", "task.seed=13"]))
     demo = make_plan(study, ["experiment=demo"])
     assert not demo.compare
     check(demo)
