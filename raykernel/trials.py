@@ -217,7 +217,7 @@ def _ends(training: TrainingConfig, done: int) -> list[int]:
 
 def _steps_done(files: TrialFiles, screen: Screen) -> int:
     """Where the run goes on; a damaged checkpoint is dropped."""
-    from raykernel.compute.tensorfile import read_facts  # a stored trial needs no PyTorch
+    from raykernel.compute.tensorfile import read_facts  # a stored trial needs none of it
 
     try:
         done = int(read_facts(files.checkpoint)["step"])
