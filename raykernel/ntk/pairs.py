@@ -170,11 +170,8 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     Returns:
         The block, examples and outputs flattened.
     """
-    (n, c), m, dtype = (
-        left.gradients.shape[:2],
-        len(right.gradients),
-        accumulator(left.inputs.dtype),
-    )
+    (n, c), m = left.gradients.shape[:2], len(right.gradients)
+    dtype = accumulator(left.gradients.dtype)
     total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
     if not left.num_tokens * right.num_tokens:
         return total.view(n * c, m * c)  # ran on no token, such as an expert that none chose
@@ -185,16 +182,13 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     of_cols = [_tokens_first(right, cols, run, dtype) for run in cols.runs]
     for i, run in enumerate(rows.runs):
         a, b = of_cols[i] if symmetric else _tokens_first(left, rows, run, dtype)
-        sizes, at = (run.num_tokens, run.stop - run.start), slice(run.start, run.stop)
+        of_rows = (run.num_tokens, run.num_examples)
         for j in range(i if symmetric else 0, len(of_cols)):
             (a2, b2), other = of_cols[j], cols.runs[j]
-            sizes2, to = (
-                (other.num_tokens, other.stop - other.start),
-                slice(other.start, other.stop),
-            )
-            table = (b @ b2.mT).view(c, *sizes, c, *sizes2)
-            table.mul_((a @ a2.mT).view(*sizes, 1, *sizes2))
-            total[at, :, to] = table.sum(1).sum(3).permute(1, 0, 3, 2)
+            of_others = (other.num_tokens, other.num_examples)
+            table = (b @ b2.mT).view(c, *of_rows, c, *of_others)
+            table.mul_((a @ a2.mT).view(*of_rows, 1, *of_others))
+            total[run.places, :, other.places] = table.sum(1).sum(3).permute(1, 0, 3, 2)
     block = total.view(n * c, m * c)
     return in_order(mirrored(block) if symmetric else block, rows, cols, num_outputs=c)
 

@@ -31,6 +31,16 @@ class Run:
     stop: int
     num_tokens: int
 
+    @property
+    def num_examples(self) -> int:
+        """Examples of the run."""
+        return self.stop - self.start
+
+    @property
+    def places(self) -> slice:
+        """Where they are in the order."""
+        return slice(self.start, self.stop)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByLength:
@@ -52,8 +62,8 @@ class ByLength:
             Its part of the tensor.
         """
         if self.order is None:
-            return tensor.narrow(dim, run.start, run.stop - run.start)
-        return tensor.index_select(dim, self.order[run.start : run.stop])
+            return tensor.narrow(dim, run.start, run.num_examples)
+        return tensor.index_select(dim, self.order[run.places])
 
 
 def by_length(part: Product, *, size: int | None = None) -> ByLength:
