@@ -23,7 +23,14 @@ from raykernel.config import RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
 from raykernel.errors import InputError, StoreMismatchError
 from raykernel.jobs import LateExecutor, run_jobs
-from raykernel.prepared import Prepared, example_labels, example_table, prepare, worker_spec
+from raykernel.prepared import (
+    Prepared,
+    example_labels,
+    example_table,
+    prepare,
+    problem_columns,
+    worker_spec,
+)
 from raykernel.problem.probe import fit_head
 from raykernel.regress import Regression, solve, split_ties, wanted_rows
 from raykernel.store.blocks import Store
@@ -307,42 +314,33 @@ def result_row(
     overrides: tuple[str, ...],
 ) -> dict[str, object]:
     """One row of the table `kernels`."""
-    config, data, result = prepared.config, prepared.data, regression.results[kind]
-    probe = config.prompt.style is PromptStyle.none
-    return result_key(prepared, kind) | {
-        "task": config.task.name,
-        "model": config.model.name,
-        "prompt": config.prompt.style.value,
-        "precision": config.kernel.precision.value,
-        "k": config.task.k,
-        "seed": config.task.seed,
-        "num_outputs": len(data.labels),
-        "num_train": len(data.splits[Split.train]),
-        "num_dev": len(data.splits[Split.dev]),
-        "num_test": len(data.splits[Split.test]),
-        "metric": config.task.metric.value,
-        "zero_shot": None if probe else result.zero_shot,
-        "linear_probe": result.zero_shot if probe else None,
-        "kernel_regression": result.test_score,
-        "test_by": regression.by.value,
-        "dev": result.dev_score,
-        "solved_by": result.point.solver.value,
-        "ridge": result.point.ridge,
-        "f0_scaling": result.point.f0_scaling,
-        "gamma": result.point.gamma,
-        "c": result.point.c,
-        "iterations": result.iterations,
-        "residual": result.residual,
-        "condition_number": result.condition_number,
-        "groups": config.solver.groups,
-        "blocks_total": completion.blocks_total,
-        "blocks_computed": completion.blocks_computed,
-        "seconds": completion.seconds + regression.seconds,
-        "peak_memory_bytes": max(completion.peak_memory_bytes, regression.peak_memory_bytes),
-        "overrides": list(overrides),
-        "versions": canonical_json(versions()),
-        "identity": canonical_json(prepared.identity),
-    }
+    config, result = prepared.config, regression.results[kind]
+    return (
+        result_key(prepared, kind)
+        | problem_columns(prepared, result.zero_shot)
+        | {
+            "precision": config.kernel.precision.value,
+            "kernel_regression": result.test_score,
+            "test_by": regression.by.value,
+            "dev": result.dev_score,
+            "solved_by": result.point.solver.value,
+            "ridge": result.point.ridge,
+            "f0_scaling": result.point.f0_scaling,
+            "gamma": result.point.gamma,
+            "c": result.point.c,
+            "iterations": result.iterations,
+            "residual": result.residual,
+            "condition_number": result.condition_number,
+            "groups": config.solver.groups,
+            "blocks_total": completion.blocks_total,
+            "blocks_computed": completion.blocks_computed,
+            "seconds": completion.seconds + regression.seconds,
+            "peak_memory_bytes": max(completion.peak_memory_bytes, regression.peak_memory_bytes),
+            "overrides": list(overrides),
+            "versions": canonical_json(versions()),
+            "identity": canonical_json(prepared.identity),
+        }
+    )
 
 
 def mean_output_derivative(prepared: Prepared, handle: KernelHandle) -> float:

@@ -150,6 +150,34 @@ def identity_of(config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded)
     }
 
 
+def problem_columns(prepared: Prepared, start_score: float) -> dict[str, object]:
+    """What the result tables `kernels` and `trials` say of a problem, alike.
+
+    Args:
+        prepared: the run.
+        start_score: test score at θ_0: zero-shot, or of the linear probe.
+
+    Returns:
+        Values by column.
+    """
+    config, splits = prepared.config, prepared.data.splits
+    probe = config.prompt.style is PromptStyle.none
+    return {
+        "task": config.task.name,
+        "model": config.model.name,
+        "prompt": config.prompt.style.value,
+        "k": config.task.k,
+        "seed": config.task.seed,
+        "num_outputs": len(prepared.data.labels),
+        "num_train": len(splits[Split.train]),
+        "num_dev": len(splits[Split.dev]),
+        "num_test": len(splits[Split.test]),
+        "metric": config.task.metric.value,
+        "zero_shot": None if probe else start_score,
+        "linear_probe": start_score if probe else None,
+    }
+
+
 def example_table(data: Data) -> pa.Table:
     """Ids, splits and labels of the kernel's rows, in order."""
     split_of = {i: split.value for split, indices in data.splits.items() for i in indices}

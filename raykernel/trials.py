@@ -19,10 +19,10 @@ from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fi
 from raykernel.console import Screen, counted, duration, size
 from raykernel.errors import BlockCorruptError, RunError
 from raykernel.jobs import LateExecutor
-from raykernel.prepared import Prepared, example_labels, prepare
+from raykernel.prepared import Prepared, example_labels, prepare, problem_columns
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
-from raykernel.terms import Precision, PromptStyle, Split
+from raykernel.terms import Precision
 from raykernel.training.spec import Point, Result, TrialSpec
 
 _STEPS_PER_JOB = 10
@@ -243,14 +243,8 @@ def _row(
     prepared: Prepared, training: TrainingConfig, result: Result, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
     """One row of the table `trials`, without its name and identity."""
-    config, data = prepared.config, prepared.data
-    probe = config.prompt.style is PromptStyle.none
-    return {
-        "task": config.task.name,
-        "model": config.model.name,
-        "prompt": config.prompt.style.value,
-        "k": config.task.k,
-        "seed": config.task.seed,
+    config = prepared.config
+    return problem_columns(prepared, result.zero_shot) | {
         "method": config.parameters.method.value,
         "intrinsic_dimension": training.intrinsic_dimension,
         "optimizer": training.optimizer.value,
@@ -261,13 +255,6 @@ def _row(
         "training_seed": training.seed,
         "precision": training.precision.value,
         "num_parameters": result.num_parameters,
-        "num_outputs": len(data.labels),
-        "num_train": len(data.splits[Split.train]),
-        "num_dev": len(data.splits[Split.dev]),
-        "num_test": len(data.splits[Split.test]),
-        "metric": config.task.metric.value,
-        "zero_shot": None if probe else result.zero_shot,
-        "linear_probe": result.zero_shot if probe else None,
         "finetuned": result.test,
         "dev": result.best.dev_score,
         "best_step": result.best.step,
