@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from raykernel.errors import InputError
 from raykernel.ntk import audit
+from raykernel.ntk.backward import Gradients, output_gradients
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import (
     Part,
@@ -226,9 +227,11 @@ class Tracer:
             storages.pop(tensor.untyped_storage().data_ptr(), None)
         num_outputs = recording.logits.shape[1]
         calls = sum(call.num_bytes for call in recording.calls)
-        outputs = sum(c.output.numel() * c.output.element_size() for c in recording.calls)
+        outputs = [c.output.numel() * c.output.element_size() for c in recording.calls]
+        # All gradients once, and those of one call on their way from one place to the next.
+        gradients = num_outputs * (sum(outputs) + 2 * max(outputs, default=0))
         whole = sum(self._parameters[name].numel() for name in self._through_model)
-        return sum(storages.values()) + calls + 2 * num_outputs * outputs + 4 * num_outputs * whole
+        return sum(storages.values()) + calls + gradients + 4 * num_outputs * whole
 
     def _trace_one(self, batch: Batch, index: int) -> Capture:
         capture = self._trace(example(batch, index))
@@ -309,12 +312,14 @@ class Tracer:
         unruled = self._unruled()
         tensors = [*(call.output for call in calls), *unruled.values()]
         doubtful = self._doubtful(recording)
-        gradients = output_gradients(logits, tensors, keep=bool(doubtful))
+        features = [*(call.features for call in calls), *(p.dim() for p in unruled.values())]
+        gradients = output_gradients(logits, tensors, features=features, keep=bool(doubtful))
         if doubtful and not _is_separated(logits, calls, gradients, doubtful):
             return None
-        parts = self.parts_of(calls, gradients[: len(calls)], self._groups.members, batch)
-        for name, of_parameter in zip(unruled, gradients[len(calls) :], strict=True):
-            if of_parameter:
+        of_unruled = [gradients.pop() for _ in unruled][::-1]
+        parts = self.parts_of(calls, gradients, self._groups.members, batch)
+        for name, of_parameter in zip(unruled, of_unruled, strict=True):
+            if of_parameter is not None:
                 part, finite = compress(one_example(of_parameter))
                 group = self._groups.owners[name][0]
                 parts[group][name] = (part,)
@@ -325,15 +330,18 @@ class Tracer:
     def parts_of(
         self,
         calls: Sequence[Call],
-        gradients: Sequence[Gradients],
+        gradients: list[Gradients],
         groups: Iterable[str],
         batch: Batch,
     ) -> Parts:
         """Factors of some layer groups, from the gradients of their calls' outputs.
 
+        Each call's gradients are let go of once its factors exist, so that never more than one
+        call's are there twice.
+
         Args:
             calls: every call of these groups' parameters.
-            gradients: of every model output, by call.
+            gradients: of every model output, by call; None in all places afterwards.
             groups: the groups; those without a call have no part.
             batch: the examples, for an error message.
 
@@ -344,13 +352,15 @@ class Tracer:
             NonFiniteError: if a gradient is NaN or infinite.
         """
         found: dict[tuple[str, str], list[Part]] = {}
-        for call, of_call in zip(calls, gradients, strict=True):
-            for name, part in (call.build(of_call) if of_call else {}).items():
+        for place, call in enumerate(calls):
+            of_call, gradients[place] = gradients[place], None
+            for name, part in ({} if of_call is None else call.build(of_call)).items():
                 found.setdefault((dict(call.groups)[name], name), []).append(part)
+            del of_call
         parts: Parts = {group: {} for group in groups}
         broken = None
-        for (group, name), uses in found.items():
-            compressed = [compress(part) for part in join_calls(uses)]
+        for group, name in list(found):
+            compressed = [compress(part) for part in join_calls(found.pop((group, name)))]
             parts.setdefault(group, {})[name] = tuple(part for part, _ in compressed)
             broken = broken if all(finite for _, finite in compressed) else group
         if broken is not None:
@@ -403,10 +413,6 @@ def pattern_of(calls: Sequence[Call], n: int) -> object:
     return n > 1, tuple((call.groups, call.layout, len(call.shape)) for call in calls)
 
 
-Gradients = list[Tensor] | None
-"""Gradient of every model output with respect to one tensor; None where none depends on it."""
-
-
 def _is_separated(
     logits: Float[Tensor, "n c"],
     calls: Sequence[Call],
@@ -420,53 +426,3 @@ def _is_separated(
         (logits[:, 0] * scales).sum(), [calls[k].output for k in own], materialize_grads=True
     )
     return audit.separated(list(own.values()), scaled, scales)
-
-
-def output_gradients(
-    logits: Float[Tensor, "n c"], tensors: Sequence[Tensor], *, keep: bool = False
-) -> list[Gradients]:
-    """Gradient of every output, summed over the examples, by tensor."""
-    if not logits.requires_grad:
-        return [None] * len(tensors)
-    outputs = [logits[:, a].sum() for a in range(logits.shape[1])]
-    return gradients_of(outputs, tensors, keep=keep)
-
-
-def gradients_of(
-    outputs: Sequence[Tensor],
-    tensors: Sequence[Tensor],
-    upstream: Gradients = None,
-    *,
-    keep: bool = False,
-) -> list[Gradients]:
-    """Gradients of several outputs of one graph.
-
-    Args:
-        outputs: scalars, or tensors of the shapes of `upstream`.
-        tensors: with respect to which.
-        upstream: gradients with respect to the outputs; None: 1.
-        keep: whether the graph is needed again.
-
-    Returns:
-        One gradient per output, by tensor.
-    """
-    if not tensors:
-        return []
-    by_output = [
-        torch.autograd.grad(
-            output,
-            tensors,
-            None if upstream is None else upstream[a],
-            retain_graph=keep or a < len(outputs) - 1,
-            allow_unused=True,
-        )
-        for a, output in enumerate(outputs)
-    ]
-    found: list[Gradients] = []
-    for tensor, *gradients in zip(tensors, *by_output, strict=True):
-        if all(gradient is None for gradient in gradients):
-            found.append(None)
-        else:
-            zeros = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand_as(tensor)
-            found.append([zeros if gradient is None else gradient for gradient in gradients])
-    return found

@@ -169,11 +169,10 @@ def num_bytes(part: Part) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def one_example(gradients: Sequence[Tensor]) -> Rows:
-    """The part of one example, from a parameter's gradient of every output."""
-    shape = gradients[0].shape
-    rows = torch.stack([gradient.flatten() for gradient in gradients]).unsqueeze(0)
-    return Rows(_raised(rows), shape[0] if shape else 1)
+def one_example(gradients: Tensor) -> Rows:
+    """The part of one example, from a parameter's gradient of every output, (c, ...)."""
+    c, *shape = gradients.shape
+    return Rows(_raised(gradients.reshape(1, c, -1)), shape[0] if shape else 1)
 
 
 def magnitude(part: Part) -> Float[Tensor, "n c"]:

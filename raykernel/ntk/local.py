@@ -17,7 +17,7 @@ def module_gradients(
     names: Sequence[str],
     inputs: tuple[Any, ...],
     options: Mapping[str, Any],
-    gradients: Sequence[Tensor],
+    gradients: Tensor,
     num_examples: int,
 ) -> dict[str, Rows]:
     """A module's own parameters' gradients, from its inputs and the gradient of its output.
@@ -27,7 +27,7 @@ def module_gradients(
         names: parameters, as the module names them.
         inputs: its positional inputs; tensors whose leading dimension is n are cut by example.
         options: its named inputs, cut in the same way.
-        gradients: of each of the c outputs, (n, ...).
+        gradients: of each of the c outputs, (c, n, ...).
         num_examples: n.
 
     Returns:

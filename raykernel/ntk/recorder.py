@@ -7,7 +7,7 @@ as there are selected parameters, and never forms a weight's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -48,8 +48,10 @@ class Call:
     output: Tensor
     num_bytes: int
     """Memory that this call keeps alive, in bytes."""
-    build: Callable[[Sequence[Tensor]], dict[str, Part]]
-    """Each parameter's part, from the gradient of every output."""
+    build: Callable[[Tensor], dict[str, Part]]
+    """Each parameter's part, from the gradient of every model output, (c, ...)."""
+    features: int
+    """Last dimensions of the output that are not tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,7 +198,7 @@ class Recorder(TorchFunctionMode):
         inputs = tuple(self._keep(arg) if isinstance(arg, Tensor) else arg for arg in args)
         named = {k: self._keep(v) if isinstance(v, Tensor) else v for k, v in options.items()}
 
-        def build(gradients: Sequence[Tensor]) -> dict[str, Part]:
+        def build(gradients: Tensor) -> dict[str, Part]:
             own = module_gradients(module, list(names), inputs, named, gradients, n)
             return {names[name]: part for name, part in own.items()}
 
@@ -209,7 +211,7 @@ class Recorder(TorchFunctionMode):
         names: list[str],
         lead: int,
         held: int,
-        build: Callable[[Sequence[Tensor]], dict[str, Part]],
+        build: Callable[[Tensor], dict[str, Part]],
     ) -> Tensor:
         shape = out.shape
         layout = self._layout(shape[:lead])
@@ -222,7 +224,8 @@ class Recorder(TorchFunctionMode):
         groups = tuple((name, self._group(name)) for name in names)
         ambiguous = self._is_ambiguous(shape[:lead])
         size = _num_bytes(out) + held
-        self.calls.append(Call(groups, shape, layout, ambiguous, out, size, build))
+        features = len(shape) - lead
+        self.calls.append(Call(groups, shape, layout, ambiguous, out, size, build, features))
         return out.clone() if self._clone else out
 
     def _keep(self, tensor: Tensor) -> Tensor:
@@ -286,7 +289,7 @@ def _build(
     shape: torch.Size,
     shared: bool,
     n: int,
-    gradients: Sequence[Tensor],
+    gradients: Tensor,
 ) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     by_token: dict[int, Tensor] = {}
@@ -294,7 +297,7 @@ def _build(
         rest = shape[use.lead :]
         if use.lead not in by_token:
             # In memory as (n, t, c, ...): an example's gradient of all outputs is one product.
-            stacked = torch.stack([g.reshape(n, -1, *rest) for g in gradients], dim=2)
+            stacked = gradients.movedim(0, -len(rest) - 1).reshape(n, -1, len(gradients), *rest)
             by_token[use.lead] = stacked.transpose(1, 2)
         cut = [_by_example(tensor, use.lead, n, shared=shared) for tensor in tensors]
         parts[use.source.name] = use.build(cut, by_token[use.lead])

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raykernel.ntk.backward import Gradients, gradients_of
 from raykernel.ntk.batches import Batch, check_batch
-from raykernel.ntk.capture import Capture, Gradients, Parts, Tracer, gradients_of, pattern_of
+from raykernel.ntk.capture import Capture, Parts, Tracer, pattern_of
 from raykernel.ntk.contract import gram
 from raykernel.ntk.passes import check_logits, is_out_of_memory
 from raykernel.ntk.recorder import Call, Recorder
@@ -165,7 +166,10 @@ class Streamer:
         self._first = visit.first
         outputs = [logits[:, a].sum() for a in range(logits.shape[1])]
         *own, upstream = gradients_of(
-            outputs, [*(call.output for call in recorder.calls), visit.leaf], keep=True
+            outputs,
+            [*(call.output for call in recorder.calls), visit.leaf],
+            features=[*(call.features for call in recorder.calls), visit.leaf.dim()],
+            keep=True,
         )
         calls = tuple(recorder.calls)
         return _Way(batch, logits.detach(), calls, own, upstream, visit.inputs)
@@ -215,7 +219,13 @@ class Streamer:
         if way.upstream is None or not out.requires_grad:
             gradients: list[Gradients] = [None] * len(tensors)
         else:
-            gradients = gradients_of([out] * way.logits.shape[1], tensors, way.upstream)
+            features = [
+                *(call.features for call in recorder.calls),
+                *[hidden.dim()] * needs_gradient,
+            ]
+            gradients = gradients_of(
+                [out] * way.logits.shape[1], tensors, way.upstream, features=features
+            )
         way.upstream = gradients.pop() if needs_gradient else None
         if not way.inputs and needs_gradient:
             _add_before(way, given.hidden)
@@ -246,8 +256,8 @@ class Streamer:
             return None
         kept = sum(_num_bytes(given.hidden) for given in way.inputs)
         kept += sum(call.num_bytes for call in way.calls)
-        kept += sum(_num_bytes(g) for of_call in way.gradients for g in of_call or ())
-        kept += 2 * sum(_num_bytes(g) for g in way.upstream or ())
+        kept += sum(_num_bytes(g) for g in way.gradients if g is not None)
+        kept += 0 if way.upstream is None else 2 * _num_bytes(way.upstream)
         for groups in self.segments:
             saved: dict[int, int] = {}
             with self._tracer.prepared(), _noting(saved):
@@ -397,12 +407,15 @@ def _add_before(way: _Way, hidden: Tensor) -> None:
     if way.upstream is None or not way.calls:
         return
     outputs = [call.output for call in way.calls]
-    before = gradients_of([hidden] * len(way.upstream), outputs, way.upstream, keep=True)
+    features = [call.features for call in way.calls]
+    before = gradients_of(
+        [hidden] * len(way.upstream), outputs, way.upstream, features=features, keep=True
+    )
     for index, (known, new) in enumerate(zip(way.gradients, before, strict=True)):
         if known is None or new is None:
-            way.gradients[index] = known or new
+            way.gradients[index] = new if known is None else known
         else:
-            way.gradients[index] = [a + b for a, b in zip(known, new, strict=True)]
+            way.gradients[index] = known + new
 
 
 def _taken(whole: Capture, groups: Sequence[str]) -> Capture:
