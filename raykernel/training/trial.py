@@ -47,6 +47,7 @@ class Trial:
             self._problem.readout,
             self._examples(),
             spec.training,
+            regularization=spec.regularization,
             metric=spec.metric,
             batch_size=self._pass,
         )
