@@ -13,7 +13,7 @@ from benchmarks.comparison import comparison, regression_table
 from benchmarks.scaling import memory_table, time_table
 from benchmarks.sharing import kinds_table, lora_table
 from benchmarks.tables import RESULTS, Table, circumstances, write_results
-from benchmarks.timing import Say, pin_threads
+from benchmarks.timing import Say, settle
 from benchmarks.workers import worker_table
 from benchmarks.workloads import WORKLOADS
 
@@ -54,7 +54,7 @@ def main() -> int:
         parser.error(f"--only: found {', '.join(unknown)}, expected {', '.join(SECTIONS)}")
     if options.rounds < 1:
         parser.error(f"--rounds: found {options.rounds}, expected at least 1")
-    pin_threads()
+    settle()
     screen, aside = Console(), Console(stderr=True, highlight=False)
     if not screen.is_terminal:
         screen.width = 140

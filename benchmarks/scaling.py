@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.contenders import RAYKERNEL
 from benchmarks.peers import LOOP
 from benchmarks.tables import Table
-from benchmarks.timing import Say, Timing, measure, pin_threads
+from benchmarks.timing import Say, Timing, measure, settle
 from benchmarks.workloads import roberta
 from raykernel.compute.process import peak_resident_bytes
 
@@ -75,7 +75,7 @@ def _peak(name: str, texts: int) -> tuple[int, int]:
 
 def print_peak(name: str, texts: int) -> None:
     """In a fresh process: its peak before and after one kernel, in MiB."""
-    pin_threads()
+    settle()
     run = CONTENDERS[name].prepare(roberta("", "", texts=texts))
     CONTENDERS[name].kernel(roberta("", "", texts=2))  # what a first call of anything loads
     before = peak_resident_bytes() >> 20

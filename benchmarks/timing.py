@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from raykernel.compute import process
+from raykernel.config import ComputeConfig
+
 PATIENCE_SECONDS = 30.0
 """A first call that took longer stays the only one, and counts."""
 
@@ -64,8 +67,12 @@ class Timing:
         return statistics.median(own / theirs for own, theirs in pairs)
 
 
-def pin_threads() -> None:
-    """One thread for all."""
+def settle() -> None:
+    """One thread for all, and a heap as raykernel's workers have it: it keeps freed pages.
+
+    Otherwise the system's clearing of fresh pages, up to a fifth of a call, would be measured, too.
+    """
+    process.keep_heap_ready(ComputeConfig())
     torch.set_num_threads(1)
     with suppress(RuntimeError):  # fixed at the first parallel work; it is one then, too
         torch.set_num_interop_threads(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raykernel.config import Json, ProjectionConfig
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.contract import gram, grams
+from raykernel.ntk.contract import gram, grams, real_seconds
 from raykernel.ntk.distortion import (
     dimension_needed,
     error_bound,
@@ -51,8 +51,12 @@ _ENTRIES = {
     Projection.intrinsic_dimension: Entries.gaussian,
 }
 
-_SECONDS_PER_ENTRY = {Entries.rademacher: 0.2e-9, Entries.gaussian: 10e-9}
-"""Of making a matrix, measured on one core at k = 512; always on the CPU, whatever the device."""
+_SECONDS_PER_ENTRY = {Entries.rademacher: 1e-9, Entries.gaussian: 16e-9}
+"""Of making a matrix and bringing it to where it is multiplied, measured on one core at k = 256;
+always made on the CPU, whatever the device."""
+
+_PART_SECONDS = 2e-4
+"""Of a part however small: the calls that its sketch takes."""
 
 _PRODUCT_FLOPS = 1e11
 """Speed of a core's matrix products beside it, for which order of magnitude is enough."""
@@ -129,11 +133,12 @@ class Work:
     """Random numbers per chunk of examples."""
     entry_seconds: float
     """Time of making one."""
+    num_parts: int
 
     def seconds(self, num_examples: int, rates: Rates) -> float:
         """Predicted time of one chunk."""
-        flops = num_examples * self.flops
-        return rates.seconds(flops, 0.0) + self.entries * self.entry_seconds
+        products = real_seconds(rates.seconds(num_examples * self.flops, 0.0), self.num_parts)
+        return products + _PART_SECONDS * self.num_parts + self.entries * self.entry_seconds
 
     @property
     def chunk_flops(self) -> float:
@@ -153,7 +158,8 @@ def work_of(parts: Iterable[Part], projection: ProjectionConfig) -> Work:
     """
     costs = [_cost(part, projection) for part in parts]
     seconds = _SECONDS_PER_ENTRY[_ENTRIES[projection.method]]
-    return Work(sum(flops for flops, _ in costs), sum(entries for _, entries in costs), seconds)
+    flops, entries = (sum(of_parts) for of_parts in zip(*costs, strict=True))
+    return Work(flops, entries, seconds, len(costs))
 
 
 def _cost(part: Part, projection: ProjectionConfig) -> tuple[float, float]:
