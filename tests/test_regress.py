@@ -20,7 +20,9 @@ from raykernel.plan import make_plan, show_plan
 from raykernel.store.arrowfile import read_header
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.listing import TABLES
 from raykernel.store.predictions import PREDICTION_GLOB, read_predictions, solution_of
+from raykernel.store.query import query
 from raykernel.terms import Kind, PredictedBy
 from tests import tiny
 
@@ -143,6 +145,21 @@ def test_a_second_run_computes_nothing_and_a_new_ridge_only_predictions(
     assert other.completion.blocks_computed == 0
     assert other.regression.num_computed == 7
     assert len(rows()) == 2
+
+
+def test_every_table_of_a_real_run_can_be_asked(model: Path, here: Path) -> None:
+    """Labels are there by name, and predictions beside them give the stored accuracy."""
+    run(model)
+    for name in TABLES:
+        query("store", f"SELECT * FROM {name}")
+    of_split = "SELECT split, label, count(*) FROM examples GROUP BY ALL ORDER BY ALL"
+    found = [tuple(row.values()) for row in query("store", of_split).to_pylist()]
+    assert [count for split, _, count in found if split in ("train", "dev")] == [3, 3, 3, 3]
+    assert {label for _, label, _ in found} == {"negative", "positive"}
+    joined = "SELECT fitted, label FROM predictions JOIN examples USING (fingerprint, example)"
+    pairs = query("store", joined).to_pylist()
+    assert len(pairs) == 7
+    assert {pair["label"] for pair in pairs} <= {"negative", "positive"}
 
 
 def test_a_damaged_prediction_is_computed_again(model: Path, here: Path) -> None:

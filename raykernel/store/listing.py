@@ -55,7 +55,7 @@ _EXAMPLES = pa.schema(
         ("example", pa.int64()),
         ("id", pa.string()),
         ("split", pa.string()),
-        ("label", pa.int64()),
+        ("label", pa.string()),  # the label's name
     ]
 )
 _GROUPS = pa.schema(

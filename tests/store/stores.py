@@ -28,7 +28,7 @@ def examples(count: int) -> pa.Table:
         {
             "id": [f"train:{n}" for n in range(count)],
             "split": ["train"] * count,
-            "label": pa.array(range(count), pa.int64()),
+            "label": [f"label {n % 2}" for n in range(count)],
         }
     )
 
