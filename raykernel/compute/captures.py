@@ -157,7 +157,7 @@ class Captures:
         stream = self.streamer.num_bytes(batch)
         return Footprint(
             weights=model_bytes(module),
-            audit=2 * tensor_bytes(selected_parameters(module).values()),
+            audit=self._checking_bytes(),
             factors=sum(by_group.values()),
             largest=max(by_group.values()),
             forward=self.tracer.bytes_per_example(batch),
@@ -167,6 +167,17 @@ class Captures:
             product=self._product_bytes(batch) if self._spec.kernel.predicts else None,
             **sketches.num_bytes(capture, self._spec.kernel.projection),
         )
+
+    def _checking_bytes(self) -> int:
+        """Of a gradient of all parameters twice, for the engine's check against autograd."""
+        module, precision = self.problem.module, self._spec.kernel.precision
+        selected = list(selected_parameters(module).values())
+        own = 2 * tensor_bytes(selected)
+        if not precision.is_reduced:
+            return own
+        # It is compared with the same model in float32, which checks itself, too.
+        wider = torch.float32.itemsize // next(iter(selected)).dtype.itemsize
+        return wider * (model_bytes(module) + own)
 
     def _packed_bytes(self, capture: Capture) -> PackedBytes:
         """Of one example; segments are known once a batch was streamed."""

@@ -81,7 +81,7 @@ class Footprint:
     weights: int
     """Parameters and buffers of the model."""
     audit: int
-    """Extra memory of the engine's check against autograd, when no capture is resident."""
+    """Extra memory of what is checked at the start, when no capture is resident."""
     factors: int
     """Captured factors of one example."""
     largest: int

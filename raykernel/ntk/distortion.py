@@ -21,7 +21,7 @@ in every module, it holds for their sum, too: Σ_l |G_l| |G'_l| ≤ |G| |G'|.
 
 D.5 wants Gaussian A, PEFT draws it uniformly. Scaled to the same variance a uniform entry has no
 larger even moments than the Gaussian, which is all that the lemma's proof asks of it (Achlioptas
-2003, Database-friendly random projections, section 5), so that the bound holds for PEFT's A, too.
+2003, Database-friendly random projections), so that the bound holds for PEFT's A, too.
 
 On the text: Lemma D.3 allows entries from U(-1, 1), which is right only if it means -1 or 1 with
 equal probability. The uniform distribution has variance 1/3 and would give a third of the kernel.

@@ -112,6 +112,17 @@ def test_a_reduced_precision_says_its_error(tmp_path: Path, model: ModelConfig) 
     assert 1e-5 < error < 0.5
 
 
+def test_the_model_that_a_reduced_precision_is_compared_with_is_counted(
+    tmp_path: Path, model: ModelConfig
+) -> None:
+    """Beside the reduced one the worker has the model in float32, and checks that, too."""
+    exact, reduced = (
+        Worker(make_spec(tmp_path / p.value, model, precision=p)).plan().footprint
+        for p in (Precision.float32, Precision.bfloat16)
+    )
+    assert reduced.audit == pytest.approx(exact.audit + exact.weights, rel=0.02)
+
+
 def test_a_second_run_computes_nothing(tmp_path: Path, model: ModelConfig) -> None:
     spec = make_spec(tmp_path, model)
     cells = handle_of(spec).grid.cells()
