@@ -6,6 +6,7 @@ On a terminal a bar with rate and time left; piped, plain lines at growing inter
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -144,6 +145,13 @@ def is_number(text: str) -> bool:
 def counted(number: int, thing: str) -> str:
     """`1 chunk`, `2 chunks`."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def short(value: float) -> str:
+    """Three digits, without an exponent below a million."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def duration(seconds: int | float) -> str:

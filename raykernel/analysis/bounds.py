@@ -296,7 +296,8 @@ def risk_path(
 ) -> RiskPath:
     """Training risk for many ridges, and its envelope, from one eigendecomposition.
 
-        R(σ) = Σ_i (σ / (σ + l_i))² (v_iᵀ r)²,    (σ ||r|| / (σ + l_1))² ≤ R ≤ (σ ||r|| / (σ + l_m))²
+        R(σ) = Σ_i (σ / (σ + l_i))² (v_iᵀ r)²,
+        (σ ||r|| / (σ + l_1))² ≤ R(σ) ≤ (σ ||r|| / (σ + l_m))²
 
     O((nc)³) once, O(nc) for each ridge. R rises with σ, from what lies along eigenvalues that are
     zero or noise up to ||r||².

@@ -96,7 +96,7 @@ def partial_rank_correlation(
 ) -> RankCorrelation:
     """Spearman's rank correlation with what other quantities explain taken off.
 
-        ρ_xy·z = corr(x̃, ỹ),    x̃, ỹ the residuals of least squares of the ranks of x, y on those of z
+        ρ_xy·z = corr(x̃, ỹ),    x̃, ỹ what least squares on the ranks of z leaves of those of x, y
 
     A larger set of layers has another condition number and trains better: a predictor has to say
     more than the size does. p is from Student's t with n - 2 - |z| degrees of freedom, an

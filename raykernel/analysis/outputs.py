@@ -158,7 +158,8 @@ def combined(
     if outputs is Outputs.pseudo:
         return _both_sides(kernel, np.full((c, 1), 1 / math.sqrt(c)), axis=1)
     if outputs is Outputs.trace:
-        return np.einsum("iaja->ij", kernel)[:, None, :, None] / c
+        traced: np.ndarray = np.einsum("iaja->ij", kernel)[:, None, :, None] / c
+        return traced
     return kernel
 
 
