@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -88,13 +89,13 @@ class Screen:
         )
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """Print a table to standard output; plain where it is piped."""
+        """Print a table to standard output, cells as they are; plain where it is piped."""
         table = Table(title=title or None, title_justify="left")
         for number, column in enumerate(columns):
             numeric = rows and all(is_number(row[number]) for row in rows)
             table.add_column(column, justify="right" if numeric else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         self.out.print(table)
 
     def facts(self, rows: Sequence[Sequence[str]], title: str = "") -> None:

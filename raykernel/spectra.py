@@ -30,7 +30,7 @@ from raykernel.jobs import LateExecutor
 from raykernel.pipeline import Completion, complete_rows, open_kernel, why_new
 from raykernel.prepared import Prepared, prepare
 from raykernel.store.blocks import Store
-from raykernel.store.groups import layer_of, parts, select_groups
+from raykernel.store.groups import layer_of, module_of, parts, select_groups
 from raykernel.store.kernels import KernelHandle
 from raykernel.terms import Kind
 
@@ -46,6 +46,8 @@ class LayerSpectrum:
     num_groups: int
     layers: tuple[int, ...]
     """Transformer layers that the groups lie in."""
+    modules: tuple[str, ...]
+    """Last parts of the groups' paths."""
     num_features: int | None
     """Numbers of a gradient of one output that are not zero at the start, at most: an upper bound
     of the kernel's rank. None if not counted."""
@@ -274,6 +276,7 @@ def _layers(
         patterns=tuple(patterns),
         num_groups=len(groups),
         layers=tuple(sorted({n for name in groups if (n := layer_of(name)) is not None})),
+        modules=tuple(sorted(set(map(module_of, groups)))),
         num_features=sum(known) if len(known) == len(numbers) else None,
         share=seen.mean / every[0].mean if every[0].mean > 0 else math.nan,
         seen=seen,
@@ -348,6 +351,7 @@ def _row(layers: LayerSpectrum, kind: Kind) -> dict[str, object]:
         "layer_group": name,
         "layer": None if name is None else layer_of(name),
         "layers": list(layers.layers),
+        "modules": list(layers.modules),
         "num_groups": layers.num_groups,
         "num_features": layers.num_features,
         "duplicates": [f"{first} = {second}" for first, second in layers.duplicates],

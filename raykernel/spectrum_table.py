@@ -69,7 +69,7 @@ def show_spectra(found: Spectra, screen: Screen) -> None:
     )
     screen.out.print(
         'Next: raykernel query "select layer, layer_group, regularised, effective_rank '
-        f'from spectra order by regularised" --store {config.store.path}',
+        f'from spectra where change is null order by regularised" --store {config.store.path}',
         markup=False,
     )
 

@@ -123,6 +123,29 @@ def partial_rank_correlation(
     return RankCorrelation(rho, _student(rho, freedom), len(x), expected, is_exact=False)
 
 
+def critical_rho(size: int, level: float = 0.05) -> float:
+    """Smallest |ρ| of so many points without ties whose exact p is at most a level.
+
+    Args:
+        size: n, from 2 to `EXACT_SIZE`.
+        level: of significance.
+
+    Returns:
+        It; inf if even |ρ| = 1 is not significant.
+
+    Raises:
+        InputError: if there are too few points or too many to count all orders.
+    """
+    if not 2 <= size <= EXACT_SIZE:
+        raise InputError(f"size: found {size}, expected 2 to {EXACT_SIZE} points.")
+    line = np.arange(size) - (size - 1) / 2
+    sizes = np.sort(np.abs(line[_orders(size)] @ line) / (line @ line))
+    # Of equal values all count, so that the first of them decides.
+    shares = 1 - np.searchsorted(sizes, sizes - _SAME) / sizes.size
+    significant = sizes[shares <= level]
+    return float(significant[0]) if significant.size else math.inf
+
+
 def mean_correlation(rhos: Sequence[int | float]) -> float:
     """Mean of correlations of several data sets or seeds: tanh of the mean of atanh ρ.
 

@@ -100,6 +100,7 @@ TABLES = {
                 ("layer_group", pa.string()),  # null: the sum of several
                 ("layer", pa.int64()),  # of the layer group; null outside of transformer layers
                 ("layers", pa.list_(pa.int64())),  # transformer layers of all groups summed
+                ("modules", _TEXTS),  # last parts of their modules' paths
                 ("num_groups", pa.int64()),  # summed
                 ("num_features", pa.int64()),  # rank at most; null: not counted
                 ("change", pa.string()),  # add, remove: readings of groups with layer or without;

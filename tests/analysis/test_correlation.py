@@ -12,6 +12,7 @@ import scipy.stats
 from raykernel.analysis.correlation import (
     EXACT_SIZE,
     Expected,
+    critical_rho,
     mean_correlation,
     partial_rank_correlation,
     rank_correlation,
@@ -73,10 +74,13 @@ def test_few_points_resolve_little(size, critical):
         if (result := rank_correlation(line, order, expected=UP)).p_value <= 0.05
     }
     assert min(found) == pytest.approx(critical, abs=5e-4)
+    assert critical_rho(size) == pytest.approx(critical, abs=5e-4)
 
 
 def test_three_points_are_never_significant():
     assert rank_correlation([1, 2, 3], [1, 2, 3], expected=UP).p_value == pytest.approx(1 / 3)
+    assert critical_rho(3) == math.inf
+    assert critical_rho(3, level=0.4) == pytest.approx(1)
 
 
 def test_a_sign_is_right_or_wrong_by_what_is_expected():
@@ -134,6 +138,8 @@ def test_the_mean_over_data_sets_is_that_of_fishers_z():
 def test_wrong_input_is_named():
     with pytest.raises(InputError, match="predictor: found NaN"):
         rank_correlation([1, math.nan], [1, 2], expected=UP)
+    with pytest.raises(InputError, match="size: found 40"):
+        critical_rho(40)
     with pytest.raises(InputError, match=r"found \[3, 2\] points"):
         rank_correlation([1, 2, 3], [1, 2], expected=UP)
     with pytest.raises(InputError, match=r"found \[2, 2, 1\] points"):
