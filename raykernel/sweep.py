@@ -24,6 +24,7 @@ from raykernel.errors import InputError, RaykernelError, nearest
 from raykernel.published import sweeps_dir
 from raykernel.space import Plan, Point, check, make_plan, spelt
 from raykernel.store.blocks import Store
+from raykernel.store.results import TABLES
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.terms import Command
 
@@ -251,7 +252,9 @@ def _run_spectrum(run: ComposedRun, screen: Screen) -> list[Row]:
     from raykernel.spectra import result_rows, spectra
 
     found = spectra(run.config, run.overrides, screen)
-    return [row for rows in result_rows(found, run.overrides) for row in rows]
+    store, key = Store(run.config.store.path), TABLES["spectra"].key
+    files = [{name: rows[0][name] for name in key} for rows in result_rows(found, run.overrides)]
+    return [row for one in files for row in store.rows("spectra", **one)]
 
 
 def _run_finetune(run: ComposedRun, screen: Screen) -> list[Row]:

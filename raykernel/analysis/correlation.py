@@ -150,7 +150,7 @@ def mean_correlation(rhos: Sequence[int | float]) -> float:
     """Mean of correlations of several data sets or seeds: tanh of the mean of atanh ρ.
 
     Reference: Fisher 1921. |ρ| = 1, which few points often have, has an infinite z: it counts as
-    `_NEAR_ONE`, so that one seed does not decide alone.
+    `_NEAR_ONE` beside others, so that one seed does not decide alone.
 
     Args:
         rhos: of data sets of about one size; NaN is left out.
@@ -159,8 +159,8 @@ def mean_correlation(rhos: Sequence[int | float]) -> float:
         Their mean; NaN of none.
     """
     known = np.array([rho for rho in rhos if not math.isnan(rho)], dtype=np.float64)
-    if not known.size:
-        return math.nan
+    if len(set(known.tolist())) <= 1:
+        return float(known[0]) if known.size else math.nan
     return float(np.tanh(np.arctanh(np.clip(known, -_NEAR_ONE, _NEAR_ONE)).mean()))
 
 

@@ -131,7 +131,9 @@ def test_the_mean_over_data_sets_is_that_of_fishers_z():
     assert mean_correlation([0.5, -0.5]) == pytest.approx(0)
     z = (math.atanh(0.2) + math.atanh(0.9)) / 2
     assert mean_correlation([0.2, 0.9, math.nan]) == pytest.approx(math.tanh(z))
-    assert mean_correlation([1.0, 1.0]) == pytest.approx(0.995)
+    assert mean_correlation([1.0, 1.0]) == 1
+    z = (math.atanh(0.2) + math.atanh(0.995)) / 2
+    assert mean_correlation([0.2, 1.0]) == pytest.approx(math.tanh(z))
     assert math.isnan(mean_correlation([]))
 
 
