@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raykernel.analysis.correlation import (
     EXACT_SIZE,
@@ -31,7 +31,7 @@ from raykernel.study import UNKNOWN, Row, Sheet
 
 LEVEL = 0.05
 """Of significance."""
-READINGS = {"centred κ": "centred_regularised", "top/median": "top_over_median"}
+READINGS = {"centred": "centred_regularised", "median": "top_over_median"}
 """Other readings of the condition number that are correlated beside the regularised one."""
 
 DataSet = tuple[str, int, int, str]
@@ -88,14 +88,14 @@ def _threshold(points: Sequence[Trained]) -> float:
 Values = Callable[[Sequence[Trained]], list[float]]
 """Of the points of a data set."""
 TARGETS: Mapping[str, tuple[Expected, Values]] = {
-    "train loss, last epoch": (Expected.positive, lambda ps: [p.losses[-1] for p in ps]),
-    "train loss, mean": (Expected.positive, lambda ps: [statistics.fmean(p.losses) for p in ps]),
+    "final train loss": (Expected.positive, lambda ps: [p.losses[-1] for p in ps]),
+    "mean train loss": (Expected.positive, lambda ps: [statistics.fmean(p.losses) for p in ps]),
     "epochs to a loss": (
         Expected.positive,
         lambda ps: [epochs_to(p.losses, _threshold(ps)) for p in ps],
     ),
-    "dev score, last epoch": (Expected.negative, lambda ps: [p.dev for p in ps]),
-    "test score, best on dev": (Expected.negative, lambda ps: [p.test for p in ps]),
+    "dev, last epoch": (Expected.negative, lambda ps: [p.dev for p in ps]),
+    "test, best on dev": (Expected.negative, lambda ps: [p.test for p in ps]),
 }
 """What the condition number is to foretell, with the sign that is expected."""
 
@@ -155,7 +155,12 @@ class ConvergenceTable:
             if place in spectra and spectra[place]["regularised"] is not None:
                 points.setdefault(place[0], []).append(_trained(trial, place[1], spectra[place]))
         lost = len(trials) - sum(map(len, points.values()))
-        return [_points_sheet(points, lost), _correlations_sheet(points)]
+        answers = _answers(points)
+        tasks = list(dict.fromkeys(task for task, _, _ in answers))
+        sheets = [_correlations_sheet(task, answers) for task in tasks]
+        if sheets:
+            sheets[-1] = replace(sheets[-1], note=_sentence(answers))
+        return [_points_sheet(points, lost), *sheets]
 
 
 def _place(
@@ -227,21 +232,32 @@ class _Answer:
     partial: RankCorrelation
     single: RankCorrelation
     """Of choices of one layer alone."""
+    scale: RankCorrelation
+    """Of the kernel's trace in place of κ."""
     readings: Mapping[str, float]
 
 
-def _correlations_sheet(points: Mapping[DataSet, Sequence[Trained]]) -> Sheet:
-    """A line per task, modules and target."""
-    answers: dict[tuple[str, str, str], list[_Answer]] = {}
+_Answers = dict[tuple[str, str, str], list[_Answer]]
+"""By task, modules and target, one for each sample."""
+
+
+def _answers(points: Mapping[DataSet, Sequence[Trained]]) -> _Answers:
+    """One for each sample, by task, modules and target."""
+    answers: _Answers = {}
     for (task, _, _, modules), own in points.items():
         for target in TARGETS:
             answers.setdefault((task, modules, target), []).append(_answer(own, target))
-    columns = ["task", "modules", "κ against", "expected", "ρ", "p by sample", "ρ | size, scale"]
+    return answers
+
+
+def _correlations_sheet(task: str, answers: _Answers) -> Sheet:
+    """A line per modules and target."""
+    columns = ["modules", "κ against", "sign", "ρ", "p", "ρ | size, scale", "p | size, scale"]
+    more = ["single", "trace", *READINGS]
     return Sheet(
-        "Spearman's ρ over choices of layers, Fisher-z mean over samples",
-        [*columns, "p by sample ", "ρ single layers", *(f"ρ {name}" for name in READINGS)],
-        [[*key, *_cells(found)] for key, found in answers.items()],
-        _sentence(answers),
+        f"{task}: Spearman's ρ over choices of layers, Fisher-z mean over samples",
+        [*columns, *more],
+        [[*key[1:], *_cells(found)] for key, found in answers.items() if key[0] == task],
     )
 
 
@@ -259,6 +275,7 @@ def _answer(points: Sequence[Trained], target: str) -> _Answer:
         rank_correlation(kappa, y, expected=expected),
         partial_rank_correlation(kappa, y, controls, expected=expected),
         rank_correlation([kappa[at] for at in alone], [y[at] for at in alone], expected=expected),
+        rank_correlation([point.trace for point in points], y, expected=expected),
         readings,
     )
 
@@ -272,6 +289,7 @@ def _cells(found: Sequence[_Answer]) -> list[str]:
         _mean([each.partial.rho for each in found]),
         " ".join(_p_value(each.partial) for each in found),
         _mean([each.single.rho for each in found]),
+        _mean([each.scale.rho for each in found]),
         *(_mean([each.readings[name] for each in found]) for name in READINGS),
     ]
 
@@ -285,7 +303,7 @@ def _p_value(found: RankCorrelation) -> str:
     return UNKNOWN if math.isnan(found.p_value) else f"{found.p_value:.2f}"
 
 
-def _sentence(answers: Mapping[tuple[str, str, str], Sequence[_Answer]]) -> str:
+def _sentence(answers: _Answers) -> str:
     """What was found, and what so few points can say."""
     means = [
         mean_correlation([each.plain.rho for each in found]) * found[0].plain.expected.value
@@ -307,6 +325,8 @@ def _sentence(answers: Mapping[tuple[str, str, str], Sequence[_Answer]]) -> str:
         limit = "nothing" if math.isinf(critical) else f"nothing below |ρ| = {critical:.3f}"
         text += f"\n{counted(size, 'point')} resolve little: {limit} is significant."
     return (
-        f"{text} p: exact, all orders counted; given size (number of layers) and scale (trace): "
-        "from Student's t.\nSamples share model and layers, and are no independent repetitions."
+        f"{text} p by sample: exact, all orders counted; given size (number of layers) and scale "
+        "(trace): from Student's t.\nsingle: ρ of one layer alone; trace, centred, median: ρ of the "
+        "trace, of the centred κ, of top over median instead. -: a score that does not vary, or one that size and scale explain "
+        "wholly. Samples share model and layers, and are no independent repetitions."
     )
