@@ -326,7 +326,8 @@ def _sentence(answers: _Answers) -> str:
         text += f"\n{counted(size, 'point')} resolve little: {limit} is significant."
     return (
         f"{text} p by sample: exact, all orders counted; given size (number of layers) and scale "
-        "(trace): from Student's t.\nsingle: ρ of one layer alone; trace, centred, median: ρ of the "
-        "trace, of the centred κ, of top over median instead. -: a score that does not vary, or one that size and scale explain "
-        "wholly. Samples share model and layers, and are no independent repetitions."
+        "(trace): from Student's t.\nsingle: ρ of choices of one "
+        "layer; trace, centred, median: ρ of the trace, of the centred κ, of top over median "
+        "instead.\n-: a score that does not vary, or one that size and scale explain wholly. "
+        "Samples share model and layers, and are no independent repetitions."
     )

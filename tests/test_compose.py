@@ -25,7 +25,18 @@ EXPERIMENTS = choices("experiment")
 
 
 @pytest.mark.parametrize(
-    "group", ["task", "model", "parameters", "kernel", "solver", "training", "behavior", "compute"]
+    "group",
+    [
+        "task",
+        "model",
+        "parameters",
+        "kernel",
+        "solver",
+        "training",
+        "behavior",
+        "spectrum",
+        "compute",
+    ],
 )
 def test_every_choice_of_every_group_composes(group):
     runs = compose_runs("kernel", ["-m", f"{group}={','.join(choices(group))}", "model.name=x"])
