@@ -184,7 +184,8 @@ def run_kernel(run: ComposedRun, screen: Screen) -> None:
 
 def run_spectrum(run: ComposedRun, screen: Screen) -> None:
     """`raykernel spectrum`."""
-    from raykernel.spectra import show_spectra, spectra
+    from raykernel.spectra import spectra
+    from raykernel.spectrum_table import show_spectra
 
     show_spectra(spectra(run.config, run.overrides, screen), screen)
 

@@ -5,7 +5,7 @@ these objects. A field's string says its meaning, its unit and when to change it
 
 What decides a kernel's numbers is `task`, `prompt`, `model`, `parameters` and `kernel`; together
 with the chosen examples and the model's weights it is hashed into the kernel's fingerprint. How
-a kernel is computed (`compute`), kept (`store`) and used (`solver`) is not.
+a kernel is computed (`compute`), kept (`store`) and used (`solver`, `spectrum`) is not.
 """
 
 from __future__ import annotations
@@ -604,6 +604,29 @@ class BehaviorConfig:
 
 
 @dataclass(frozen=True)
+class SpectrumConfig:
+    """What `raykernel spectrum` reads off a stored kernel; nothing of it costs a new block."""
+
+    ridge: float = 1e-3
+    """σ of the regularised readings, relative to the mean eigenvalue of the kernel read."""
+    sets: list[list[str]] = field(default_factory=list)
+    """Sets of layer groups, each a list as in solver.groups; all of them together always count."""
+    duplicate: float = 1e-6
+    """Examples are duplicates up to this squared distance of gradients over their squared norm."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ridge < math.inf, "spectrum.ridge", self.ridge, "a number ≥ 0")
+        named = [each for each in self.sets if each]
+        require(
+            len(named) == len(self.sets) == len(set(map(tuple, self.sets))),
+            "spectrum.sets",
+            self.sets,
+            "sets that are not empty and differ, such as [[query],[query,value]]",
+        )
+        require(0 <= self.duplicate < 1, "spectrum.duplicate", self.duplicate, "0 to 1")
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and with what resources blocks are computed; never part of a kernel's identity."""
 
@@ -662,18 +685,23 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
+    spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.kernel.projection.method is not Projection.intrinsic_dimension
-            or not self.solver.groups,
-            "solver.groups",
-            self.solver.groups,
-            "none with kernel.projection.method=intrinsic_dimension, which projects all layers "
-            "together. Drop solver.groups, or project by layer (rademacher)",
-        )
+        mixed = self.kernel.projection.method is Projection.intrinsic_dimension
+        for key, chosen in (
+            ("solver.groups", self.solver.groups),
+            ("spectrum.sets", self.spectrum.sets),
+        ):
+            require(
+                not (mixed and chosen),
+                key,
+                chosen,
+                "none with kernel.projection.method=intrinsic_dimension, which projects all layers "
+                f"together. Drop {key}, or project by layer (rademacher)",
+            )
 
     @property
     def needs_both_sides(self) -> bool:

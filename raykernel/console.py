@@ -6,10 +6,12 @@ On a terminal a bar with rate and time left; piped, plain lines at growing inter
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -87,13 +89,13 @@ class Screen:
         )
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """Print a table to standard output; plain where it is piped."""
+        """Print a table to standard output, cells as they are; plain where it is piped."""
         table = Table(title=title or None, title_justify="left")
         for number, column in enumerate(columns):
             numeric = rows and all(is_number(row[number]) for row in rows)
             table.add_column(column, justify="right" if numeric else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         self.out.print(table)
 
     def facts(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -144,6 +146,13 @@ def is_number(text: str) -> bool:
 def counted(number: int, thing: str) -> str:
     """`1 chunk`, `2 chunks`."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def short(value: float) -> str:
+    """Three digits, without an exponent below a million."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def duration(seconds: int | float) -> str:

@@ -105,7 +105,7 @@ def worker_spec(prepared: Prepared) -> WorkerSpec:
         store_path=config.store.path,
         fingerprint=prepared.fingerprint,
         trial=prepared.trial,
-        solver_groups=tuple(config.solver.groups),
+        group_sets=tuple(map(tuple, (config.solver.groups, *config.spectrum.sets))),
     )
 
 

@@ -1,33 +1,36 @@
 """Spectra of a kernel, layer by layer: the stage of `raykernel spectrum`.
 
-    config → K(train, train) of every layer group → spectrum of each, of all, of solver.groups
+    config → K(train, train) of every layer group → spectrum of each, of all, of spectrum.sets
 
-Only blocks of train are wanted. Every spectrum is of what softmax sees of the outputs, and two
-readings each of the centred kernel and of all outputs stand beside it (analysis/spectrum.py).
+Only blocks of train are wanted, and a set of layers is a sum of them. Every spectrum is of what
+softmax sees of the outputs, and two readings each of the centred kernel and of all outputs stand
+beside it (analysis/spectrum.py). changes.py says what a layer more or less does to a set.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
 
+from raykernel.analysis.duplicates import duplicates
 from raykernel.analysis.gram import DEAD
 from raykernel.analysis.outputs import Outputs
-from raykernel.analysis.spectrum import RIDGE, Spectrum, spectrum
-from raykernel.config import RunConfig, require
-from raykernel.console import Screen, duration
+from raykernel.analysis.spectrum import Spectrum, spectrum
+from raykernel.changes import Change, change_columns, changes
+from raykernel.config import RunConfig, SpectrumConfig, canonical_json, require
+from raykernel.console import Screen
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
 from raykernel.jobs import LateExecutor
 from raykernel.pipeline import Completion, complete_rows, open_kernel, why_new
 from raykernel.prepared import Prepared, prepare
 from raykernel.store.blocks import Store
-from raykernel.store.groups import layer_of, parts, select_groups
+from raykernel.store.groups import layer_of, module_of, parts, select_groups
 from raykernel.store.kernels import KernelHandle
 from raykernel.terms import Kind
 
@@ -39,8 +42,15 @@ class LayerSpectrum:
     layer_group: str | None
     """None: the sum of several."""
     patterns: tuple[str, ...]
-    """Of `solver.groups`, where these chose the sum; none of one layer group, and of all."""
+    """Of `spectrum.sets`, where these chose the sum; none of one layer group, and of all."""
     num_groups: int
+    layers: tuple[int, ...]
+    """Transformer layers that the groups lie in."""
+    modules: tuple[str, ...]
+    """Last parts of the groups' paths."""
+    num_features: int | None
+    """Numbers of a gradient of one output that are not zero at the start, at most: an upper bound
+    of the kernel's rank. None if not counted."""
     share: float
     """Of the trace of all layers' kernel."""
     seen: Spectrum
@@ -49,6 +59,12 @@ class LayerSpectrum:
     """Of all outputs."""
     centred: Spectrum | None
     """As `seen`, without the mean over examples; None of a single example."""
+    duplicates: tuple[tuple[str, str], ...]
+    """Ids of train examples with the same gradients, of sums; each makes κ infinite."""
+
+    def is_singular(self, size: int) -> bool:
+        """Whether κ of so many rows is infinite for want of features; a zero kernel has no κ."""
+        return self.num_features is not None and 0 < self.num_features < size
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +74,9 @@ class Spectra:
     prepared: Prepared
     completion: Completion
     by_kind: dict[Kind, list[LayerSpectrum]]
-    """All layers, the choice of `solver.groups` if there is one, then every layer group."""
+    """All layers, the choices of `spectrum.sets`, then every layer group."""
+    changes: dict[Kind, list[Change]]
+    """Of the choices; of all layers if there are none."""
     is_projected: bool
     """Whether gradients were projected to fewer numbers."""
 
@@ -91,22 +109,29 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
     for kind in config.kernel.kinds:
         if kind not in kinds:
             screen.say(f"Note: {kind.value} is not symmetric and has no spectrum: left out.")
-    by_kind = {kind: layer_spectra(handle, kind, config.solver.groups, screen) for kind in kinds}
-    found = Spectra(prepared, completion, by_kind, handle.has_pinned("projection"))
+    if config.solver.groups:
+        screen.say("Note: solver.groups is of kernel regression; sets here are spectrum.sets.")
+    found = Spectra(
+        prepared,
+        completion,
+        {kind: layer_spectra(handle, kind, config.spectrum, screen) for kind in kinds},
+        {kind: layer_changes(handle, kind, config.spectrum, screen) for kind in kinds},
+        handle.has_pinned("projection"),
+    )
     for rows in result_rows(found, overrides):
         store.write_results("spectra", rows)
     return found
 
 
 def layer_spectra(
-    handle: KernelHandle, kind: Kind, patterns: Sequence[str], screen: Screen
+    handle: KernelHandle, kind: Kind, settings: SpectrumConfig, screen: Screen
 ) -> list[LayerSpectrum]:
-    """Spectra of all layers, of a choice of them, and of every layer group.
+    """Spectra of all layers, of choices of them, and of every layer group.
 
     Args:
         handle: a kernel whose train blocks are stored.
         kind: a symmetric kind.
-        patterns: the choice, as in `solver.groups`; empty: none.
+        settings: the choices and the ridge.
         screen: where progress is shown.
 
     Returns:
@@ -114,22 +139,60 @@ def layer_spectra(
     """
     names, train = handle.groups(kind.value), handle.grid.train
     plain = [name for name in names if parts(name) is None]
-    resolution = resolution_of(handle)
-    every = measure(handle.kernel(kind=kind.value, rows=train), resolution)
-    found = [_layers(None, (), len(plain), every, every)]
-    if patterns:
-        chosen = [name for name in select_groups(names, groups=patterns) if name in plain]
-        kernel = handle.kernel(patterns, kind=kind.value, rows=train)
-        three = measure(kernel, resolution)
-        found.append(_layers(None, tuple(patterns), len(chosen), three, every))
-    _, whole, _ = every
+    read = partial(measure, resolution=resolution_of(handle), ridge=settings.ridge)
+    whole = handle.kernel(kind=kind.value, rows=train)
+    every = read(whole)
+    counts = handle.read_pinned("features") if handle.has_pinned("features") else {}
+    alone = {}
     with screen.progress(f"spectra ({kind.value})", len(plain)) as advance:
         for name, kernel in handle.group_kernels(kind=kind.value, rows=train):
             if name in plain:  # a cross group is no kernel of its own
-                three = measure_one(kernel, resolution, DEAD * whole.top)
-                found.append(_layers(name, (), 1, three, every))
+                three = measure_one(kernel, read, DEAD * every[0].top)
+                if not kernel.any():  # no gradient at all: that of LoRA's A, where B is 0
+                    counts = counts | {name: 0}
+                alone[name] = _layers([name], counts, three, every, layer_group=name)
                 advance(1)
-    return found
+    sums = [_layers(plain, counts, every, every, same=_same(handle, whole, settings))]
+    for patterns in settings.sets:
+        chosen = [name for name in select_groups(names, groups=patterns) if name in plain]
+        kernel = handle.kernel(patterns, kind=kind.value, rows=train)
+        same = _same(handle, kernel, settings)
+        sums.append(_layers(chosen, counts, read(kernel), every, patterns=patterns, same=same))
+    return [*sums, *alone.values()]
+
+
+def layer_changes(
+    handle: KernelHandle, kind: Kind, settings: SpectrumConfig, screen: Screen
+) -> list[Change]:
+    """What a layer more or less does to every choice of layers; to all layers if there is none.
+
+    Args:
+        handle: a kernel whose train blocks are stored.
+        kind: a symmetric kind.
+        settings: the choices and the ridge.
+        screen: where progress is shown.
+
+    Returns:
+        Choice after choice.
+    """
+    resolution = resolution_of(handle)
+    return [
+        change
+        for patterns in settings.sets or [[]]
+        for change in changes(
+            handle, kind, patterns, ridge=settings.ridge, resolution=resolution, screen=screen
+        )
+    ]
+
+
+def _same(
+    handle: KernelHandle, kernel: Float[np.ndarray, "n c n c"], settings: SpectrumConfig
+) -> tuple[tuple[str, str], ...]:
+    """Ids of train examples that a kernel does not tell apart."""
+    ids = handle.examples()["id"].to_pylist()
+    rounding = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
+    pairs = duplicates(kernel, tolerance=settings.duplicate, rounding=rounding)
+    return tuple((ids[pair.first], ids[pair.second]) for pair in pairs)
 
 
 def resolution_of(handle: KernelHandle) -> float:
@@ -149,31 +212,32 @@ def resolution_of(handle: KernelHandle) -> float:
     return max(stored, float(handle.read_pinned("precision")["relative_error"]))
 
 
+Readings = tuple[Spectrum, Spectrum, Spectrum | None]
+"""Of what softmax sees, of all outputs, and of the centred kernel; the last not of one example."""
+
+
 def measure(
-    kernel: Float[np.ndarray, "n c n c"], resolution: float, floor: float = 0.0
-) -> tuple[Spectrum, Spectrum, Spectrum | None]:
+    kernel: Float[np.ndarray, "n c n c"], *, resolution: float, ridge: float, floor: float = 0.0
+) -> Readings:
     """Spectra of what softmax sees, of all outputs, and of the centred kernel.
 
     Args:
         kernel: K(train, train).
         resolution: of what it was summed from.
+        ridge: relative to the mean eigenvalue.
         floor: an eigenvalue that is known to be noise.
 
     Returns:
         The three; the last is None of a single example.
     """
-    return (
-        spectrum(kernel, resolution=resolution, floor=floor),
-        spectrum(kernel, resolution=resolution, floor=floor, outputs=Outputs.full),
-        spectrum(kernel, resolution=resolution, floor=floor, centred=True)
-        if len(kernel) > 1
-        else None,
-    )
+    read = partial(spectrum, kernel, resolution=resolution, ridge=ridge, floor=floor)
+    centred = read(centred=True) if len(kernel) > 1 else None
+    return read(), read(outputs=Outputs.full), centred
 
 
 def measure_one(
-    kernel: Float[np.ndarray, "n c n c"], resolution: float, floor: float
-) -> tuple[Spectrum, Spectrum, Spectrum | None]:
+    kernel: Float[np.ndarray, "n c n c"], read: Callable[..., Readings], floor: float
+) -> Readings:
     """The same of one layer group, which may be what rounding left of cancelling terms.
 
     The gradient of attention's key bias is zero, for example: what is stored is noise, and need be
@@ -181,29 +245,45 @@ def measure_one(
 
     Args:
         kernel: K(train, train).
-        resolution: of what is stored.
+        read: `measure` with its settings.
         floor: an eigenvalue that is known to be noise.
 
     Returns:
         The three; all eigenvalues are noise where the kernel cannot be one of gradients.
     """
     try:
-        return measure(kernel, resolution, floor)
+        return read(kernel, floor=floor)
     except (InputError, NotPositiveSemidefiniteError):
         even = (kernel + kernel.transpose(2, 3, 0, 1)) / 2
-        return measure(even, resolution, float(np.linalg.norm(even)))
+        return read(even, floor=float(np.linalg.norm(even)))
 
 
 def _layers(
-    layer_group: str | None,
-    patterns: tuple[str, ...],
-    num_groups: int,
-    three: tuple[Spectrum, Spectrum, Spectrum | None],
-    every: tuple[Spectrum, Spectrum, Spectrum | None],
+    groups: Sequence[str],
+    counts: Mapping[str, int],
+    three: Readings,
+    every: Readings,
+    *,
+    layer_group: str | None = None,
+    patterns: Sequence[str] = (),
+    same: tuple[tuple[str, str], ...] = (),
 ) -> LayerSpectrum:
     seen, full, centred = three
-    share = seen.mean / every[0].mean if every[0].mean > 0 else math.nan
-    return LayerSpectrum(layer_group, patterns, num_groups, share, seen, full, centred)
+    numbers = [counts.get(name) for name in groups]
+    known = [number for number in numbers if number is not None]
+    return LayerSpectrum(
+        layer_group=layer_group,
+        patterns=tuple(patterns),
+        num_groups=len(groups),
+        layers=tuple(sorted({n for name in groups if (n := layer_of(name)) is not None})),
+        modules=tuple(sorted(set(map(module_of, groups)))),
+        num_features=sum(known) if len(known) == len(numbers) else None,
+        share=seen.mean / every[0].mean if every[0].mean > 0 else math.nan,
+        seen=seen,
+        full=full,
+        centred=centred,
+        duplicates=same,
+    )
 
 
 # ---------------------------------------------------------------- what is kept
@@ -217,8 +297,8 @@ def result_rows(found: Spectra, overrides: tuple[str, ...]) -> Iterator[list[dic
         overrides: the command line that made it.
 
     Yields:
-        Value by column: all layers and every group; then the choice of `solver.groups`, whose
-        other choices keep rows of their own.
+        Value by column: all layers and every group; then each choice of `spectrum.sets`, with its
+        changes. Choices and ridges of other runs keep rows of their own.
     """
     prepared, config = found.prepared, found.prepared.config
     for kind, layers in found.by_kind.items():
@@ -232,19 +312,58 @@ def result_rows(found: Spectra, overrides: tuple[str, ...]) -> Iterator[list[dic
             "seed": config.task.seed,
             "num_outputs": len(prepared.data.labels),
             "num_train": len(prepared.grid.train),
+            "parameters": canonical_json(config.parameters),
+            "ridge": config.spectrum.ridge,
             "overrides": list(overrides),
         }
         for patterns in dict.fromkeys(each.patterns for each in layers):
-            chosen = [each for each in layers if each.patterns == patterns]
-            yield [common | _row(each, kind) for each in chosen]
+            own = common | {"groups": list(patterns)}
+            rows = [own | _row(each, kind) for each in layers if each.patterns == patterns]
+            yield rows + [
+                own | _readings(each.after) | change_columns(each)
+                for each in found.changes[kind]
+                if each.patterns == patterns
+            ]
 
 
 def _row(layers: LayerSpectrum, kind: Kind) -> dict[str, object]:
     """The columns of one set of layers."""
-    seen, full, centred = layers.seen, layers.full, layers.centred
+    full, centred = layers.full, layers.centred
     name = layers.layer_group
+    singular = {
+        key: math.inf
+        for key, read in (
+            ("condition_number", layers.seen),
+            ("full_condition_number", full),
+            ("centred_condition_number", centred),
+        )
+        if read is not None and layers.is_singular(read.size)
+    }
     numbers = {
         "trace_share": layers.share,
+        "full_condition_number": full.raw,
+        "full_regularised": full.regularised,
+        "centred_condition_number": math.nan if centred is None else centred.raw,
+        "centred_regularised": math.nan if centred is None else centred.regularised,
+        "lipschitz": math.sqrt(full.top) if kind is Kind.sgd else math.nan,
+    }
+    return {
+        "layer_group": name,
+        "layer": None if name is None else layer_of(name),
+        "layers": list(layers.layers),
+        "modules": list(layers.modules),
+        "num_groups": layers.num_groups,
+        "num_features": layers.num_features,
+        "duplicates": [f"{first} = {second}" for first, second in layers.duplicates],
+        **_readings(layers.seen),
+        **_without_nan(numbers),
+        **singular,
+    }
+
+
+def _readings(seen: Spectrum) -> dict[str, object]:
+    """The columns of a spectrum."""
+    numbers = {
         "floor": seen.floor,
         "sigma": seen.sigma,
         "top": seen.top,
@@ -263,116 +382,15 @@ def _row(layers: LayerSpectrum, kind: Kind) -> dict[str, object]:
         "participation": seen.participation,
         "effective_rank": seen.effective_rank,
         "effective_dimension": seen.effective_dimension,
-        "full_condition_number": full.raw,
-        "full_regularised": full.regularised,
-        "centred_condition_number": math.nan if centred is None else centred.raw,
-        "centred_regularised": math.nan if centred is None else centred.regularised,
-        "lipschitz": math.sqrt(full.top) if kind is Kind.sgd else math.nan,
     }
     return {
-        "groups": list(layers.patterns),
-        "layer_group": name,
-        "layer": None if name is None else layer_of(name),
-        "num_groups": layers.num_groups,
         "outputs": seen.outputs.value,
         "num_rows": seen.size,
         "num_unresolved": seen.num_unresolved,
-        # SQL compares NaN as the largest number.
-        **{key: None if math.isnan(value) else value for key, value in numbers.items()},
+        **_without_nan(numbers),
     }
 
 
-# ---------------------------------------------------------------- what is shown
-
-
-def show_spectra(found: Spectra, screen: Screen) -> None:
-    """Print one table per kind; layer groups that are alike share a line, with their medians.
-
-    Args:
-        found: of `spectra`.
-        screen: where to print.
-    """
-    prepared, config, done = found.prepared, found.prepared.config, found.completion
-    seen = next(iter(found.by_kind.values()))[0].seen
-    for kind, layers in found.by_kind.items():
-        screen.table(
-            [
-                "layers",
-                "no.",
-                "share",
-                "raw",
-                "ridge",
-                "range",
-                "centred",
-                "median",
-                "rank",
-                "noise",
-            ],
-            [_line(name, alike) for name, alike in _alike(layers).items()],
-            title=(
-                f"{config.task.name}, {config.model.name}, k={config.task.k}, seed "
-                f"{config.task.seed}: condition numbers of {kind.value}, {seen.outputs.value} of "
-                f"{len(prepared.data.labels)} outputs of {len(prepared.grid.train)} train examples"
-            ),
-        )
-    screen.out.print(
-        "no.: layer groups on a line, which has their medians; share: of the trace; raw: top over "
-        f"bottom of {seen.size} eigenvalues, > where\nthe bottom is rounding noise; ridge: both "
-        f"plus {RIDGE:g} of the mean eigenvalue, ≤ where noise may lower it; range: of that;\n"
-        "centred: the same without the mean over examples; median: top over median; rank: "
-        "effective rank; noise: eigenvalues\nthat rounding hides, of all groups of the line."
-    )
-    if found.is_projected:
-        screen.out.print(
-            "Note: gradients are random projections, which flatten the lower end of a spectrum."
-        )
-    screen.out.print(
-        f"{done.blocks_computed} of {done.blocks_total} blocks computed now"
-        + (f" in {duration(done.seconds)}" if done.blocks_computed else "")
-        + f". Kernel {prepared.fingerprint}, in {config.store.path}"
-    )
-    screen.out.print(
-        'Next: raykernel query "select layer, layer_group, regularised, effective_rank '
-        f'from spectra order by regularised" --store {config.store.path}',
-        markup=False,
-    )
-
-
-def _alike(layers: Sequence[LayerSpectrum]) -> dict[str, list[LayerSpectrum]]:
-    """Layers by the name that they are shown under: numbers in paths as `*`."""
-    found: dict[str, list[LayerSpectrum]] = {}
-    for each in layers:
-        name = "solver.groups" if each.patterns else "all"
-        if each.layer_group is not None:
-            name = re.sub(r"\d+", "*", each.layer_group)
-        found.setdefault(name, []).append(each)
-    return found
-
-
-def _line(name: str, alike: Sequence[LayerSpectrum]) -> list[str]:
-    """Cells of groups that are alike: medians of what is known."""
-
-    def median(of: Callable[[LayerSpectrum], float], sign: str = "") -> str:
-        known = [value for value in map(of, alike) if not math.isnan(value)]
-        return sign + _short(float(np.median(known))) if known else ""
-
-    hidden = sum(each.seen.num_unresolved for each in alike)
-    covered = all(each.seen.is_ridge_covering for each in alike)
-    ridged = [each.seen.regularised for each in alike if not math.isnan(each.seen.regularised)]
-    return [
-        name,
-        str(sum(each.num_groups for each in alike)),
-        f"{sum(each.share for each in alike):.3f}",
-        median(lambda each: each.seen.at_least, "> " if hidden else ""),
-        median(lambda each: each.seen.regularised, "" if covered else "≤ "),
-        f"{_short(min(ridged))} to {_short(max(ridged))}" if len(ridged) > 1 else "",
-        median(lambda each: math.nan if each.centred is None else each.centred.regularised),
-        median(lambda each: each.seen.median),
-        median(lambda each: each.seen.effective_rank),
-        str(hidden),
-    ]
-
-
-def _short(value: float) -> str:
-    """Three digits, without an exponent below a million."""
-    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
+def _without_nan(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Null for NaN, which SQL compares as the largest number."""
+    return {key: None if math.isnan(value) else value for key, value in numbers.items()}

@@ -24,6 +24,7 @@ from raykernel.errors import InputError, RaykernelError, nearest
 from raykernel.published import sweeps_dir
 from raykernel.space import Plan, Point, check, make_plan, spelt
 from raykernel.store.blocks import Store
+from raykernel.store.results import TABLES
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.terms import Command
 
@@ -231,7 +232,8 @@ def run_point(point: Point, screen: Screen) -> list[Row]:
         screen: where progress is shown.
 
     Returns:
-        Its rows in the result tables; of the command kernel one per kind.
+        Its rows in the result tables: of the command kernel one per kind, of spectrum one per set
+        of layers; that of finetune has the rows of its curve beside.
     """
     rows = _RUN[point.command](point.compose(), screen)
     return [{**row, "arm": point.arm} for row in rows]
@@ -246,10 +248,20 @@ def _run_kernel(run: ComposedRun, screen: Screen) -> list[Row]:
     return [row for kind in kinds for row in store.rows("kernels", **result_key(prepared, kind))]
 
 
+def _run_spectrum(run: ComposedRun, screen: Screen) -> list[Row]:
+    from raykernel.spectra import result_rows, spectra
+
+    found = spectra(run.config, run.overrides, screen)
+    store, key = Store(run.config.store.path), TABLES["spectra"].key
+    files = [{name: rows[0][name] for name in key} for rows in result_rows(found, run.overrides)]
+    return [row for one in files for row in store.rows("spectra", **one)]
+
+
 def _run_finetune(run: ComposedRun, screen: Screen) -> list[Row]:
     from raykernel.trials import run_trial
 
-    return [run_trial(run.config, run.overrides, screen).row]
+    found = run_trial(run.config, run.overrides, screen)
+    return [{**found.row, "curve": found.curve}]
 
 
 def _run_behavior(run: ComposedRun, screen: Screen) -> list[Row]:
@@ -260,6 +272,7 @@ def _run_behavior(run: ComposedRun, screen: Screen) -> list[Row]:
 
 _RUN: dict[Command, Callable[[ComposedRun, Screen], list[Row]]] = {
     Command.kernel: _run_kernel,
+    Command.spectrum: _run_spectrum,
     Command.finetune: _run_finetune,
     Command.behavior: _run_behavior,
 }
@@ -326,6 +339,8 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     screen.out.print(f"\n{study.question}", markup=False)
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
+        if sheet.note:
+            screen.out.print(sheet.note, markup=False)
     if rows and not plan.compare:
         screen.say("Note: the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)

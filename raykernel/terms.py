@@ -243,5 +243,6 @@ class Command(Enum):
     """Commands that leave rows in the result tables."""
 
     kernel = "kernel"
+    spectrum = "spectrum"
     finetune = "finetune"
     behavior = "behavior"

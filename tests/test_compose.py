@@ -35,6 +35,7 @@ EXPERIMENTS = choices("experiment")
         "training",
         "regularization",
         "behavior",
+        "spectrum",
         "compute",
     ],
 )

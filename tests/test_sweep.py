@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from raykernel.cli import main
+from raykernel.convergence import layer_choices, summed_layers, trained_layers
 from raykernel.errors import InputError, RunError
 from raykernel.space import check, make_plan, values_of
 from raykernel.store.blocks import Store
-from raykernel.study import Row
+from raykernel.study import Row, TaskTable
 from raykernel.sweep import Point, in_order, load_study, question_of, study_files
 from tests import tiny
 
@@ -51,6 +52,13 @@ TRAINING = {
 OTHERS = {
     "table8_output_derivative": {"task.seed": "13"},
     "table9_prompts": TRAINING | {"prompt": "manual,searched"},
+    "condition_number": TRAINING
+    | {
+        "model.name": "two_layers",
+        "parameters.target_modules": "[query,value]",
+        "parameters.layers_to_transform": trained_layers((0, 1)),
+        "spectrum.sets": summed_layers((0, 1), [["query", "value"]]),
+    },
 }
 
 
@@ -59,6 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with a model and reviews, and one store for all studies."""
     folder, before = tmp_path_factory.mktemp("sweep"), Path.cwd()
     tiny.save_masked_lm(folder / "model", num_hidden_layers=1)
+    tiny.save_masked_lm(folder / "two_layers", num_hidden_layers=2)
     tiny.write_reviews(folder / "reviews.tsv")
     os.chdir(folder)
     yield folder
@@ -83,7 +92,8 @@ def test_a_study_of_the_package_runs_and_prints_its_table(place, name, capsys):
     assert main(["sweep", name, *arguments(name)]) == 0
     printed = capsys.readouterr()
     assert load_study(name).question in printed.out
-    for line in load_study(name).table.lines:
+    table = load_study(name).table
+    for line in table.lines if isinstance(table, TaskTable) else []:
         assert line.label in printed.out
     assert "runs are complete. " in printed.out
     assert "not the paper's" in printed.err
@@ -124,6 +134,23 @@ def test_behavior_is_measured_at_the_learning_rate_that_dev_selects(place, capsy
     (verdict,) = [r for r in Store("store").results("behavior").to_pylist() if r["seed"] == 42]
     assert verdict["trial"] == best["trial"]
     assert "[3/3] Adam: task=file" in capsys.readouterr().err
+
+
+def test_one_kernel_serves_all_choices_of_layers(place, capsys):
+    """Three trials and their sums of blocks; layers and modules of trials and sums are the same."""
+    name = "condition_number"
+    assert main(["sweep", name, *arguments(name)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 of 4 runs are complete" in out
+    assert "left out" not in out
+    assert "3 points resolve little: nothing is significant" in out
+    found = Store("store").results("spectra").to_pylist()
+    assert len({row["fingerprint"] for row in found}) == 1
+    sums = {tuple(row["layers"]): row for row in found if row["groups"] and not row["change"]}
+    assert set(sums) == set(layer_choices((0, 1)))
+    traces = {layers: row["mean"] for layers, row in sums.items()}
+    for layers, trace in traces.items():
+        assert trace == pytest.approx(sum(traces[(layer,)] for layer in layers), rel=1e-5)
 
 
 def test_a_failing_point_stops_no_other(place, capsys):

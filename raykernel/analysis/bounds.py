@@ -18,6 +18,7 @@ gradient ("selective"), of Adam, or, as to R, of a loss that is a mean (`ridge_o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -273,6 +274,57 @@ def distance_bounds(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RiskPath:
+    """Training risk of kernel regression as its ridge varies."""
+
+    sigma: Float[np.ndarray, " s"]
+    """The ridges, absolute."""
+    risk: Float[np.ndarray, " s"]
+    """R, exactly."""
+    lower: Float[np.ndarray, " s"]
+    """R if the residual lay along the top eigenvector."""
+    upper: Float[np.ndarray, " s"]
+    """R if it lay along the bottom one."""
+
+
+def risk_path(
+    k_train_train: Float[np.ndarray, "n1 c1 n2 c2"],
+    residual: Float[np.ndarray, "n c"],
+    sigma: Sequence[float],
+    resolution: float | None = None,
+) -> RiskPath:
+    """Training risk for many ridges, and its envelope, from one eigendecomposition.
+
+        R(σ) = Σ_i (σ / (σ + l_i))² (v_iᵀ r)²,
+        (σ ||r|| / (σ + l_1))² ≤ R(σ) ≤ (σ ||r|| / (σ + l_m))²
+
+    O((nc)³) once, O(nc) for each ridge. R rises with σ, from what lies along eigenvalues that are
+    zero or noise up to ||r||².
+
+    Args:
+        k_train_train: all outputs' kernel.
+        residual: y - F(θ_0).
+        sigma: the ridges that pulls λ amount to, see `ridge_of`; each above 0.
+        resolution: see `analysis.gram.noise`; eigenvalues that are noise count as 0.
+
+    Returns:
+        The risk and its ends, ridge by ridge.
+
+    Raises:
+        InputError: if a ridge is not above 0.
+    """
+    ridges = np.asarray(sigma, dtype=np.float64)
+    if not (ridges > 0).all():
+        raise InputError(f"sigma: found {list(sigma)}, expected ridges above 0.")
+    gram = _basis(k_train_train, resolution)
+    values = np.where(gram.kept, gram.eigenvalues, 0.0)
+    shrunk = (ridges[:, None] / (ridges[:, None] + values)) ** 2
+    size = float(np.sum(residual**2))
+    risk = shrunk @ (residual.reshape(-1) @ gram.vectors) ** 2
+    return RiskPath(ridges, risk, shrunk[:, -1] * size, shrunk[:, 0] * size)
+
+
 def risk_bounds(
     k_train_train: Float[np.ndarray, "n1 c1 n2 c2"],
     residual: Float[np.ndarray, "n c"],
@@ -296,19 +348,10 @@ def risk_bounds(
 
     Returns:
         Lower and upper bound, with the exact risk as measured.
-
-    Raises:
-        InputError: if the ridge is not above 0.
     """
-    if not sigma > 0:
-        raise InputError(f"sigma: found {sigma}, expected a ridge above 0.")
-    gram = _basis(k_train_train, resolution)
-    values = np.where(gram.kept, gram.eigenvalues, 0.0)
-    shrunk = sigma / (sigma + values)
-    exact = float(np.sum((shrunk * (residual.reshape(-1) @ gram.vectors)) ** 2))
-    size = float(np.sum(residual**2))
+    path = risk_path(k_train_train, residual, [sigma], resolution)
+    exact, lower, upper = (float(each[0]) for each in (path.risk, path.lower, path.upper))
     assumes = "the linear model, trained to the end with squared loss and a pull to the start"
-    lower, upper = (float(shrunk[end] ** 2 * size) for end in (-1, 0))
     return (
         Bound("lower", lower, assumes, exact, is_lower=True),
         Bound("upper", upper, assumes, exact),

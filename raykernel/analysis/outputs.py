@@ -130,12 +130,7 @@ def project(
     flat = kernel.reshape(n * c, n * c)
     # Not scipy.linalg with subset_by_index: it fails on some multiples of the identity.
     scale = float(np.linalg.eigvalsh(flat)[-1])
-    if outputs is Outputs.contrast:
-        kernel = _both_sides(kernel, scipy.linalg.helmert(c).T, axis=1)
-    elif outputs is Outputs.pseudo:
-        kernel = _both_sides(kernel, np.full((c, 1), 1 / math.sqrt(c)), axis=1)
-    elif outputs is Outputs.trace:
-        kernel = np.einsum("iaja->ij", kernel)[:, None, :, None] / c
+    kernel = combined(kernel, outputs)
     if centred:
         kernel = _both_sides(kernel, scipy.linalg.helmert(n).T, axis=0)
     reached = max(resolution * scale, floor)
@@ -143,6 +138,29 @@ def project(
     # A Gram matrix has no eigenvalue below zero: one that has is off by at least as much.
     reached = max(reached, resolution * gram.top, -float(gram.eigenvalues[0]))
     return replace(gram, kept=gram.eigenvalues > reached), reached
+
+
+def combined(
+    kernel: Float[np.ndarray, "n c n c"], outputs: Outputs
+) -> Float[np.ndarray, "n c2 n c2"]:
+    """Qᵀ K Q of chosen outputs.
+
+    Args:
+        kernel: the kernel K.
+        outputs: which outputs.
+
+    Returns:
+        Its kernel of these combinations.
+    """
+    c = kernel.shape[1]
+    if outputs is Outputs.contrast:
+        return _both_sides(kernel, scipy.linalg.helmert(c).T, axis=1)
+    if outputs is Outputs.pseudo:
+        return _both_sides(kernel, np.full((c, 1), 1 / math.sqrt(c)), axis=1)
+    if outputs is Outputs.trace:
+        traced: np.ndarray = np.einsum("iaja->ij", kernel)[:, None, :, None] / c
+        return traced
+    return kernel
 
 
 def _both_sides(

@@ -17,6 +17,7 @@ from raykernel.compute.sketches import Work
 from raykernel.compute.spec import WorkerSpec
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Capture, Tracer
+from raykernel.ntk.groups import num_parameters
 from raykernel.ntk.packed import packed_bytes
 from raykernel.ntk.passes import selected_parameters
 from raykernel.ntk.product import ProductBytes, product_bytes
@@ -24,6 +25,7 @@ from raykernel.ntk.rates import PassRate, pass_rate
 from raykernel.ntk.sign_product import sign_product_bytes
 from raykernel.ntk.stream import Streamer
 from raykernel.problem.models import Problem
+from raykernel.store.groups import parts
 from raykernel.terms import Kind, Method
 
 
@@ -107,6 +109,16 @@ class Captures:
     def groups(self) -> tuple[str, ...]:
         """Layer groups of a block."""
         return sketches.stored_groups(self._spec.kernel.projection, self.tracer.groups)
+
+    @property
+    def num_features(self) -> dict[str, int]:
+        """Numbers that a gradient of one output has, by layer group: a kernel's rank at most."""
+        counts = num_parameters(self.problem.module)
+        projection = self._spec.kernel.projection
+        if projection.is_on:
+            plain = [name for name in self.groups if parts(name) is None]
+            return {name: min(projection.dim, counts.get(name, projection.dim)) for name in plain}
+        return counts
 
     @cached_property
     def adapted(self) -> dict[str, float]:

@@ -32,8 +32,8 @@ class WorkerSpec:
     fingerprint: str
     trial: str | None = None
     """Fine-tuning run whose weights the model has; None: θ_PT."""
-    solver_groups: tuple[str, ...] = ()
-    """Patterns of layer groups that the regression will take, to refuse wrong ones early."""
+    group_sets: tuple[tuple[str, ...], ...] = ()
+    """Patterns of every set of layer groups that will be summed, to refuse wrong ones early."""
 
     def blocks(self) -> Callable[[Cell], Receipt]:
         """In a worker's process: the function that computes cells."""

@@ -124,7 +124,7 @@ class Worker:
 
         Raises:
             RunError: if the problem has a linear head that is not stored yet.
-            InputError: if a pattern of `solver_groups` matches no layer group.
+            InputError: if a pattern of `group_sets` matches no layer group.
         """
         spec, handle = self._spec, self._handle
         if self._head is None and not spec.encoded.label_ids:
@@ -134,7 +134,9 @@ class Worker:
             )
         self._learn()
         captures = self._captures
-        select_groups(captures.groups, groups=spec.solver_groups)
+        for patterns in spec.group_sets:
+            select_groups(captures.groups, groups=patterns)
+        handle.pin("features", captures.num_features)
         if spec.kernel.precision.is_reduced and not handle.has_pinned("precision"):
             handle.pin("precision", samples.precision_error(spec, self._head, captures))
         if spec.kernel.projection.is_on and not handle.has_pinned("projection"):

@@ -96,3 +96,19 @@ def layer_groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
         Parameters as their module names them, by group.
     """
     return find_groups(model).members
+
+
+def num_parameters(model: nn.Module) -> dict[str, int]:
+    """Numbers that are selected, by layer group; those of a tied parameter count in each.
+
+    Args:
+        model: the network; parameters with `requires_grad` are selected.
+
+    Returns:
+        How many, by group.
+    """
+    values = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        group: sum(values[name].numel() for name in names)
+        for group, names in find_groups(model).members.items()
+    }

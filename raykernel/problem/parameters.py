@@ -6,6 +6,8 @@ layers, and module names or their last parts.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -70,7 +72,8 @@ def add_lora(module: nn.Module, parameters: ParametersConfig) -> None:
     """Add LoRA adapters h ↦ W h + s·B A h with random A and B = 0, so that f(θ_0) is unchanged.
 
     s = lora_alpha / r, or lora_alpha / √r with `use_rslora`. No dropout, nothing merged. A is
-    drawn in float32 on the CPU from its own seed, so it depends on neither device nor precision.
+    drawn in float32 on the CPU from a seed of its own and the layer's path: it depends on neither
+    device nor precision nor on which other layers are adapted, so that kernels of adapters add.
     Reference: Hu et al. 2021 (arXiv:2106.09685).
 
     Args:
@@ -118,8 +121,11 @@ def add_lora(module: nn.Module, parameters: ParametersConfig) -> None:
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(parameters.seed)
         inject_adapter_in_model(config, module)
+        # What PEFT draws while it injects depends on the order of the layers.
+        for path in places:
+            torch.manual_seed(_seed_of(path, parameters.seed))
+            _draw(module.get_submodule(path))
 
 
 def layer_index(name: str) -> int | None:
@@ -151,6 +157,23 @@ def linear_layers(module: nn.Module) -> list[str]:
         and not isinstance(layer, LabelRows)
         and path != "classifier"
     ]
+
+
+@torch.no_grad()
+def _draw(layer: nn.Module) -> None:
+    """Draw the random matrix of an adapter anew, from PEFT's distributions."""
+    # Of an embedding it is B that is random, and A that is 0.
+    for a in layer.get_submodule("lora_A").parameters():
+        a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5)))
+    for b in layer.get_submodule("lora_embedding_B").parameters():
+        b.copy_(torch.randn(b.shape))
+
+
+def _seed_of(path: str, seed: int) -> int:
+    """A seed of a layer's own."""
+    # 32 bits are all that PyTorch's generator on the CPU takes.
+    text = f"{seed}/{path}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
 
 
 def _within(module: nn.Module, parameters: ParametersConfig) -> set[str] | None:

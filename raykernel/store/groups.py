@@ -85,6 +85,16 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def module_of(name: str) -> str:
+    """Last part of the path of a group's module; of an adapter that of the module it adapts."""
+    return _adapted(name).rsplit(".", 1)[-1]
+
+
+def _adapted(name: str) -> str:
+    # An adapter's parameters belong to the module that it adapts: `…query.lora_A.default`.
+    return name.split(".lora_")[0]
+
+
 def _in_groups(names: Sequence[str], plain: Sequence[str], entries: Sequence[str]) -> set[str]:
     chosen = {name for entry in entries for name in _matching(entry, names, plain)}
     for entry in entries:
@@ -122,8 +132,7 @@ def _in_layers(plain: Sequence[str], layers: Sequence[int]) -> set[str]:
 
 
 def _ending_in(plain: Sequence[str], target: str) -> list[str]:
-    # An adapter's parameters belong to the module that it adapts: `…query.lora_A.default`.
-    modules = {name: name.split(".lora_")[0] for name in plain}
+    modules = {name: _adapted(name) for name in plain}
     found = [name for name, path in modules.items() if ends_in(path, target)]
     if not found:
         raise InputError(

@@ -22,8 +22,8 @@ from raykernel.store.commit import commit_first
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.manifest import Manifest
 
-PINNED = ("rates", "precision", "projection", "lora")
-"""What a kernel's first worker measures, see `KernelFiles.pin`."""
+PINNED = ("rates", "features", "precision", "projection", "lora")
+"""What a kernel's first worker measures or counts, see `KernelFiles.pin`."""
 
 
 @dataclass(frozen=True)

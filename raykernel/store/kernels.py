@@ -10,8 +10,8 @@
       linearized-<iiii>.arrow    J(x) (θ_FT − θ_PT) of a row block of test (linearized.py), in the
                                  kernel of fine-tuned weights, whose logits are at these
       head.arrow                 linear head, where there is one
-      rates.json, precision.json, projection.json, lora.json
-                                 what the first worker measured, see `pin`
+      rates.json, features.json, precision.json, projection.json, lora.json
+                                 what the first worker measured or counted, see `pin`
       result-<key>.parquet, spectra-<key>.parquet
                                  result rows (results.py)
 

@@ -96,9 +96,25 @@ TABLES = {
                 ("fingerprint", pa.string()),  # of the kernel
                 ("kind", pa.string()),
                 ("groups", _TEXTS),  # patterns that chose the sum; empty: all, or one layer group
+                ("ridge", pa.float64()),  # sigma over mean
                 ("layer_group", pa.string()),  # null: the sum of several
                 ("layer", pa.int64()),  # of the layer group; null outside of transformer layers
+                ("layers", pa.list_(pa.int64())),  # transformer layers of all groups summed
+                ("modules", _TEXTS),  # last parts of their modules' paths
                 ("num_groups", pa.int64()),  # summed
+                ("num_features", pa.int64()),  # rank at most; null: not counted
+                ("change", pa.string()),  # add, remove: readings of groups with layer or without;
+                ("kappa_before", pa.float64()),  # null: of groups. Of groups itself, with sigma
+                ("kappa_low", pa.float64()),  # bounds of `regularised` afterwards
+                ("kappa_high", pa.float64()),
+                ("top_low", pa.float64()),  # bounds of top + sigma afterwards
+                ("top_high", pa.float64()),
+                ("bottom_low", pa.float64()),  # bounds of bottom + sigma afterwards
+                ("bottom_high", pa.float64()),
+                ("is_sufficient", pa.bool_()),  # of an addition, for it to lower kappa
+                ("is_necessary", pa.bool_()),
+                ("slope", pa.float64()),  # of log kappa, where a little of the layer is added
+                ("duplicates", _TEXTS),  # `id = id`: train examples that the sum takes for one
                 ("task", pa.string()),
                 ("model", pa.string()),
                 ("prompt", pa.string()),
@@ -106,6 +122,7 @@ TABLES = {
                 ("seed", pa.int64()),
                 ("num_outputs", pa.int64()),
                 ("num_train", pa.int64()),
+                ("parameters", pa.string()),  # JSON: the whole group
                 ("outputs", pa.string()),  # contrast: what softmax sees; full: all
                 ("num_rows", pa.int64()),  # of their kernel, and so eigenvalues
                 ("num_unresolved", pa.int64()),  # eigenvalues that are rounding noise: they count
@@ -115,7 +132,7 @@ TABLES = {
                 ("top", pa.float64()),  # largest eigenvalue
                 ("bottom", pa.float64()),  # smallest
                 ("mean", pa.float64()),
-                ("condition_number", pa.float64()),  # top / bottom
+                ("condition_number", pa.float64()),  # top / bottom; inf: fewer features than rows
                 ("condition_number_at_least", pa.float64()),  # known in spite of noise
                 ("regularised", pa.float64()),  # (top + sigma) / (bottom + sigma)
                 ("regularised_at_least", pa.float64()),
@@ -138,7 +155,7 @@ TABLES = {
                 ("overrides", _TEXTS),
             ]
         ),
-        key=("fingerprint", "kind", "groups"),
+        key=("fingerprint", "kind", "groups", "ridge"),
         folder="kernels/{fingerprint}",
         stem="spectra",
     ),

@@ -24,6 +24,7 @@ from raykernel.analysis.bounds import (
     lipschitz,
     ridge_of,
     risk_bounds,
+    risk_path,
 )
 from raykernel.errors import InputError
 
@@ -262,6 +263,25 @@ def test_risk_lies_between_its_bounds_and_is_that_of_kernel_regression(seed, sig
     values = np.linalg.eigvalsh(flat)
     width = ((sigma + values[-1]) / (sigma + values[0])) ** 2
     assert upper.value / lower.value == pytest.approx(width, rel=1e-6)
+
+
+def test_a_path_of_ridges_is_solved_ridge_by_ridge_with_one_decomposition(monkeypatch):
+    _, r, k = linear(3)
+    called, eigh = [], scipy.linalg.eigh
+    monkeypatch.setattr(scipy.linalg, "eigh", lambda *a, **b: called.append(1) or eigh(*a, **b))
+    path = risk_path(k, r, np.geomspace(1e-3, 1e2, 1000).tolist())
+    assert len(called) == 1
+    flat = k.reshape(6, 6)
+    for at in (0, 421, 999):
+        sigma = path.sigma[at]
+        left = sigma * np.linalg.solve(flat + sigma * np.eye(6), r.ravel())
+        assert path.risk[at] == pytest.approx(left @ left, rel=1e-7)
+        lower, upper = risk_bounds(k, r, float(sigma))
+        assert (path.lower[at], path.upper[at]) == pytest.approx((lower.value, upper.value))
+    assert (np.diff(path.risk) > 0).all()
+    assert path.risk[-1] < np.sum(r**2)
+    with pytest.raises(InputError, match="ridges above 0"):
+        risk_path(k, r, [1.0, 0.0])
 
 
 def test_ends_of_the_risk_are_attained_by_the_extreme_eigenvectors():

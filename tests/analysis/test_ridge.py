@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from raykernel.analysis.ridge import solve_ridge
 from raykernel.analysis.targets import one_hot
@@ -80,6 +81,17 @@ def test_float32_noise_is_not_solved_for():
     k_tt, _, labels, _, _ = problem(10, 5, 2, 6)
     solution = solve_ridge(k_tt.astype(np.float32), one_hot(labels, 2))
     assert solution.num_dropped == 14
+
+
+def test_a_thousand_ridges_take_one_decomposition(monkeypatch):
+    """What is cubic in nc is done once; a ridge costs one product with the eigenvectors."""
+    k_tt, _, labels, _, _ = problem(6, 5, 2, 40)
+    called, eigh = [], scipy.linalg.eigh
+    monkeypatch.setattr(scipy.linalg, "eigh", lambda *a, **b: called.append(1) or eigh(*a, **b))
+    path = solve_ridge(k_tt, one_hot(labels, 2), ridge=np.geomspace(1e-6, 10, 1000).tolist())
+    assert len(called) == 1
+    one = solve_ridge(k_tt, one_hot(labels, 2), ridge=[path.ridge[421]])
+    np.testing.assert_allclose(path.alpha[0, 421], one.alpha[0, 0], rtol=1e-12)
 
 
 def test_wrong_shapes_and_values_are_refused():

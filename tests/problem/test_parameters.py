@@ -211,6 +211,22 @@ def test_loras_a_depends_on_its_seed_only() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_loras_a_of_a_layer_knows_nothing_of_the_other_adapters() -> None:
+    """What makes the kernel of some adapted layers a part of that of all."""
+
+    def drawn(**choice: object) -> dict[str, torch.Tensor]:
+        model = roberta()
+        select(model, method=Method.lora, **choice)
+        return {n: p.detach() for n, p in model.named_parameters() if "lora_A" in n}
+
+    every = drawn(target_modules=["query", "key", "value"])
+    one = drawn(target_modules=["value"], layers_to_transform=[1])
+    assert len(one) == 1
+    for name, a in one.items():
+        assert torch.equal(a, every[name])
+    assert len({tuple(a.flatten().tolist()) for a in every.values()}) == len(every) == 9
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("make", [roberta, gpt2])
 def test_every_shipped_choice_selects_something(path: Path, make: type) -> None:

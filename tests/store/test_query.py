@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> Store:
     store.write_results("curves", [{"trial": "t", "step": step} for step in (10, 0)])
     verdict = {"fingerprint": handle.fingerprint, "trial": "t", "solver": "{}", "criteria": "{}"}
     store.write_result("behavior", verdict | {"solves": True})
-    spectra = {"fingerprint": handle.fingerprint, "kind": "sgd", "groups": []}
+    spectra = {"fingerprint": handle.fingerprint, "kind": "sgd", "groups": [], "ridge": 1e-3}
     store.write_results("spectra", [spectra | {"layer_group": name} for name in ("a", "b")])
     return store
 
