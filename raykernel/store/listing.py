@@ -8,6 +8,8 @@ predictions
            a row per (kernel, solution, test example) that was predicted without its kernel
 trials     a row per fine-tuning run that ended
 curves     a row per (trial, evaluation)
+twins      a row per (trial, split): how far fine-tuning is from its linear models
+bounds     a row per (trial, bound) on that
 behavior   a row per verdict: (kernel, fine-tuning run, solver settings, criteria)
 """
 
