@@ -42,7 +42,7 @@ from raykernel.store.grid import Cell, Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import linearized_changes, missing_linearized
 from raykernel.terms import Kind, Metric, Optimizer, PromptStyle, Split
-from raykernel.trials import check_training, complete_trial
+from raykernel.trials import check_pull, check_training, complete_trial
 
 ANALOGS = {
     Optimizer.sgd: [Kind.sgd],
@@ -180,6 +180,7 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         Measurements and verdict.
     """
     prepared = prepare(settled(config), screen)
+    check_pull(prepared)
     config = prepared.config
     handle = open_kernel(prepared)
     cells = compared_cells(handle.grid, config.behavior.test_limit)

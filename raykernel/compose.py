@@ -158,7 +158,8 @@ def check_spelling(arguments: list[str]) -> None:
         if key.split(".")[-1] == "lambda" and "=" in argument:
             raise InputError(
                 f"{argument!r}: the papers' λ is spelt `lam` in every key, because `lambda` is a "
-                "Python keyword. The ridge of kernel regression is `solver.ridge`."
+                "Python keyword: `regularization=coupled regularization.lam=...` pulls fine-tuning "
+                "to its start. The ridge of kernel regression is `solver.ridge`."
             )
 
 

@@ -24,6 +24,7 @@ from raykernel.terms import (
     ExecutorName,
     Kind,
     Loss,
+    LossConvention,
     Method,
     Metric,
     ModelSource,
@@ -32,6 +33,7 @@ from raykernel.terms import (
     Precision,
     Projection,
     PromptStyle,
+    Regularization,
     Schedule,
     Solver,
     Source,
@@ -483,6 +485,116 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class RegularizationConfig:
+    """Pull of fine-tuning to its start, λ/2 ‖θ - θ_0‖² (L2-SP, Li et al. 2018, equation 2).
+
+    θ is what the optimiser moves and θ_0 where it starts: a LoRA's random A and B = 0, a linear
+    head at the linear probe. With `training.intrinsic_dimension` that is z = 0, and λ/2 ‖z‖² is
+    the penalty: z is what the kernel of that method is of, and ‖θ - θ_0‖² = ‖Π z‖² is about
+    p/k ‖z‖², with p parameters and k coordinates.
+    """
+
+    method: Regularization = Regularization.none
+    """none, coupled (in the gradient), decoupled (a step of its own), selective (now and then)."""
+    lam: float = 0.0
+    """λ of λ/2 ‖θ - θ_0‖²; 0: no pull, the trial of regularization=none."""
+    convention: LossConvention = LossConvention.sum
+    """What λ is weighed against: the papers' loss, a sum over train, or its mean."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.lam < math.inf, "regularization.lam", self.lam, "a number ≥ 0")
+        for name, default in (("lam", 0.0), ("convention", LossConvention.sum)):
+            value = getattr(self, name)
+            require(
+                self.method is not Regularization.none or value == default,
+                f"regularization.{name}",
+                plain(value),
+                f"{plain(default)}, for nothing is pulled. Set regularization=coupled (decoupled, "
+                "selective) as well",
+            )
+
+    @property
+    def applied(self) -> Regularization:
+        """What is done in the end: nothing where λ = 0."""
+        return self.method if self.lam else Regularization.none
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a pull."""
+        return self.applied is not Regularization.none
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What decides a trial's numbers."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def weight(self, training: TrainingConfig, num_train: int) -> float:
+        """λ beside the mean loss, which is what the steps are made of.
+
+            Σ_i L_i + λ/2 ‖θ - θ_0‖²  =  n · [ 1/n Σ_i L_i + (λ/n)/2 ‖θ - θ_0‖² ]
+
+        so that a λ of the papers, whose loss is a sum, is divided by n. Not so in a pull that is
+        a step of its own beside one of adam, adamw or signgd: that takes the sum and the mean to
+        the same step, and the pull is ηλ of the way under both conventions.
+
+        Args:
+            training: the optimiser.
+            num_train: n.
+
+        Returns:
+            The factor of θ - θ_0.
+        """
+        apart = self.method is not Regularization.coupled and training.optimizer.is_scale_free
+        summed = self.convention is LossConvention.sum and not apart
+        return self.lam / num_train if summed else self.lam
+
+    def step_share(self, training: TrainingConfig, num_train: int) -> float:
+        """Share of the way to θ_0 that the pull takes in a step: ηλ, from 2 on it diverges.
+
+        Args:
+            training: optimiser and learning rate.
+            num_train: n.
+
+        Returns:
+            The share at the first step; 0 where the pull goes through an optimiser that bounds it.
+        """
+        bounded = training.optimizer.is_scale_free or training.max_grad_norm is not None
+        if self.method is Regularization.coupled and bounded:
+            return 0.0
+        return training.learning_rate * self.weight(training, num_train)
+
+    def sigma(self, training: TrainingConfig, num_train: int) -> float | None:
+        """σ of the kernel ridge regression that a linear f is fine-tuned to.
+
+            f = f_0 + K(·, X) (K(X, X) + σ I)⁻¹ (Y - f_0(X)),    σ = n · λ of the mean loss
+
+        because 1/n Jᵀ(F - Y) + λ(θ - θ_0) = 0 is solved by θ - θ_0 = -Jᵀ(F - Y)/(nλ). That is for
+        ½ ‖f - y‖², the squared loss here, and n is all of train: σ = λ under `sum`, nλ under
+        `mean`. Without the ½, as on the paper's slides, the same σ takes 2λ.
+        Reference: Rahimi Afzal et al. 2025 (arXiv:2602.08239), the regularised objective.
+
+        Args:
+            training: loss and update rule.
+            num_train: n.
+
+        Returns:
+            σ in units of the kernel; None where the end is no such regression: cross-entropy,
+            weight decay, the selective pull, a step of its own beside adam, adamw, signgd or
+            clipping, and no pull at all with an optimiser other than sgd.
+        """
+        if training.loss is not Loss.squared or training.weight_decay:
+            return None
+        plain_sgd = training.optimizer is Optimizer.sgd
+        ridge = {
+            Regularization.none: plain_sgd,
+            Regularization.coupled: True,
+            Regularization.decoupled: plain_sgd and training.max_grad_norm is None,
+            Regularization.selective: False,
+        }
+        return num_train * self.weight(training, num_train) if ridge[self.applied] else None
+
+
+@dataclass(frozen=True)
 class BehaviorConfig:
     """When fine-tuning counts as behaving like its kernel (Malladi et al. 2023, Table 1)."""
 
@@ -564,6 +676,7 @@ class RunConfig:
     kernel: KernelConfig = field(default_factory=KernelConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)

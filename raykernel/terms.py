@@ -181,6 +181,32 @@ class Optimizer(Enum):
         """Whether moments of the gradient enter."""
         return self in (Optimizer.adam, Optimizer.adamw)
 
+    @property
+    def is_scale_free(self) -> bool:
+        """Whether a multiple of the loss gives the same step (with Adam up to its ε)."""
+        return self is not Optimizer.sgd
+
+
+class Regularization(Enum):
+    """How fine-tuning is pulled to its start, by λ/2 ‖θ - θ_0‖² (`training.regularization`)."""
+
+    none = "none"
+    coupled = "coupled"
+    """Its gradient is added to that of the loss: the optimiser sees the sum."""
+    decoupled = "decoupled"
+    """θ ← θ - ηλ(θ - θ_0), a step of its own, as AdamW's weight decay is."""
+    selective = "selective"
+    """The same step, taken only where descent on the loss does not lead away from θ_0."""
+
+
+class LossConvention(Enum):
+    """What λ is weighed against."""
+
+    sum = "sum"
+    """The loss summed over the train examples, as the papers write it."""
+    mean = "mean"
+    """Their mean loss, as programs compute it."""
+
 
 class Loss(Enum):
     """What fine-tuning minimises, averaged over examples."""

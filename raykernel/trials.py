@@ -2,9 +2,10 @@
 
     config → examples → prompts → identity → stored? → worker trains → rows of the store → table
 
-A trial is one fine-tuning run, named by what decides its numbers: task, prompt, model, parameters
-and training. One whose result is stored is never run again; a run that was killed goes on from its
-last evaluation. A trial that fails, because its loss is not finite for example, leaves no result.
+A trial is one fine-tuning run, named by what decides its numbers: task, prompt, model, parameters,
+training and, where there is one, the pull to the start. One whose result is stored is never run
+again; a run that was killed goes on from its last evaluation. A trial that fails, because its loss
+is not finite for example, leaves no result.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 from raykernel.compute.executor import Executor, versions
 from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
 from raykernel.console import Screen, counted, duration, size
-from raykernel.errors import BlockCorruptError, RunError
+from raykernel.errors import BlockCorruptError, InputError, RunError
 from raykernel.jobs import LateExecutor
 from raykernel.prepared import Prepared, example_labels, prepare, problem_columns
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
-from raykernel.terms import Precision
+from raykernel.terms import Precision, Split
 from raykernel.training.spec import Point, Receipt, Result, ResultT, TrialSpec
 
 _STEPS_PER_JOB = 10
@@ -73,6 +74,7 @@ def run_trial(
     """
     check_training(config)
     prepared = prepare(config, screen)
+    check_pull(prepared)
     if executor is not None:
         return complete_trial(prepared, overrides, executor, screen)
     compute = dataclasses.replace(config.compute, workers=1)  # no more would have a job
@@ -91,6 +93,30 @@ def check_training(config: RunConfig) -> None:
         "training.precision",
         "tf32",
         "float32, because only CUDA devices have tf32. Set training.precision=float32",
+    )
+
+
+def check_pull(prepared: Prepared) -> None:
+    """Refuse a pull that overshoots, before anything is computed.
+
+    Args:
+        prepared: the run, whose train examples count where λ is weighed against their sum.
+
+    Raises:
+        InputError: if it does.
+    """
+    config, num_train = prepared.config, len(prepared.data.splits[Split.train])
+    own, rate = config.regularization, config.training.learning_rate
+    share = own.step_share(config.training, num_train)
+    if share < 2:
+        return
+    limit = 2 * own.lam / share
+    divided = own.weight(config.training, num_train) != own.lam
+    product = f"η λ / n, with n = {num_train}," if divided else "η λ"
+    raise InputError(
+        f"regularization.lam: found {own.lam:g}, expected less than {limit:g}. A step goes "
+        f"{product} = {share:g} of the way back to the start, and from 2 on ends farther away "
+        f"than it began. Lower regularization.lam or training.learning_rate (η = {rate:g})."
     )
 
 
@@ -150,10 +176,12 @@ def trial_identity(prepared: Prepared, training: TrainingConfig) -> dict[str, Js
         A JSON tree.
     """
     shared = ("task", "prompt", "model", "parameters")
+    own = prepared.config.regularization
     return {
         **{name: prepared.identity[name] for name in shared},
         "metric": prepared.config.task.metric.value,
         "training": training.identity,
+        **({"regularization": own.identity} if own.is_on else {}),
     }
 
 
@@ -164,6 +192,7 @@ def trial_spec(prepared: Prepared, training: TrainingConfig, files: TrialFiles) 
         model=config.model,
         parameters=config.parameters,
         training=training,
+        regularization=config.regularization,
         compute=config.compute,
         metric=config.task.metric,
         encoded=prepared.encoded,
@@ -278,12 +307,17 @@ def _row(
     prepared: Prepared, training: TrainingConfig, result: Result, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
     """One row of the table `trials`, without its name and identity."""
-    config = prepared.config
+    config, own = prepared.config, prepared.config.regularization
+    num_train = len(prepared.data.splits[Split.train])
     return problem_columns(prepared, result.zero_shot) | {
         "method": config.parameters.method.value,
         "intrinsic_dimension": training.intrinsic_dimension,
         "optimizer": training.optimizer.value,
         "loss": training.loss.value,
+        "regularization": own.applied.value,
+        "lam": own.lam,
+        "convention": own.convention.value if own.is_on else None,
+        "sigma": own.sigma(training, num_train),
         "learning_rate": training.learning_rate,
         "batch_size": training.batch_size,
         "steps": training.steps,
@@ -302,6 +336,14 @@ def _row(
         "parameters": canonical_json(config.parameters),
         "training": canonical_json(training.identity),
     }
+
+
+def _pulled(row: dict[str, Any]) -> str:
+    """The pull in a few letters; nothing where there is none."""
+    if not row["lam"]:
+        return ""
+    sigma = "" if row["sigma"] is None else f", σ = {row['sigma']:g}"
+    return f", {row['regularization']}, λ = {row['lam']:g}{sigma}"
 
 
 def show_trial(outcome: TrialOutcome, screen: Screen) -> None:
@@ -326,7 +368,7 @@ def show_trial(outcome: TrialOutcome, screen: Screen) -> None:
                 "0",
             ],
             [
-                f"fine-tuning ({row['optimizer']}, {row['method']})",
+                f"fine-tuning ({row['optimizer']}, {row['method']}{_pulled(row)})",
                 f"{row['finetuned']:.3f}",
                 f"{row['dev']:.3f}",
                 *(f"{p['dev_loss']:.4f}" for p in outcome.curve if p["step"] == row["best_step"]),

@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from raykernel.compute.executor import Executor, versions
-from raykernel.config import canonical_json
-from raykernel.config import RunConfig, TrainingConfig
+from raykernel.config import RunConfig, canonical_json
 from raykernel.console import Screen, duration
 from raykernel.jobs import LateExecutor
 from raykernel.prepared import prepare
 from raykernel.store.blocks import Store
 from raykernel.terms import Split
-from raykernel.training.bounds import run_bounds
-from raykernel.training.spec import AdaptedModule, TwinResult, TwinSplit
+from raykernel.training.spec import TwinResult, TwinSplit
 from raykernel.trials import (
     TrialOutcome,
     check_pull,
@@ -93,6 +91,8 @@ def complete_twin(
         executor: where to train.
         screen: where progress is shown.
     """
+    from raykernel.training.bounds import run_bounds  # takes seconds, and a stored twin needs none
+
     prepared = outcome.prepared
     config, store = prepared.config, Store(prepared.config.store.path)
     training = config.training.resolved(k=config.task.k, num_labels=len(prepared.data.labels))
@@ -102,7 +102,7 @@ def complete_twin(
     found = run_steps(spec.twin_steps, checkpoint, spec=spec, executor=executor, screen=screen)
     num_train = len(prepared.data.splits[Split.train])
     lipschitz = None if found.lipschitz is None else max(found.lipschitz)
-    bounds = [
+    bounds: list[dict[str, Any]] = [
         {
             "trial": outcome.trial,
             "quantity": bound.quantity,
@@ -119,8 +119,7 @@ def complete_twin(
     store.write_results("bounds", bounds)
     shared = _shared_columns(outcome.row, found, overrides)
     rows = [
-        shared | {"split": split.value} | _split_columns(own)
-        for split, own in found.splits.items()
+        shared | {"split": split.value} | _split_columns(own) for split, own in found.splits.items()
     ]
     store.write_results("twins", rows)
 
@@ -190,8 +189,10 @@ def show_twin(outcome: TwinOutcome, screen: Screen) -> None:
     first = outcome.rows[0]
     metric = first["metric"]
     screen.table(
-        ["split", "linear model", "‖f - f̄‖", "of ‖f - f_0‖", "KL(f, f̄)", "KL(f̄, f)"]
-        + ["agree", f"{metric} of f̄", "of f"],
+        [
+            *("split", "linear model", "‖f - f̄‖", "of ‖f - f_0‖", "KL(f, f̄)", "KL(f̄, f)"),
+            *("agree", f"{metric} of f̄", "of f"),
+        ],
         [
             [
                 row["split"],

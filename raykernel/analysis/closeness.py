@@ -70,4 +70,5 @@ def divergence(f: Float[np.ndarray, "n c"], g: Float[np.ndarray, "n c"]) -> Floa
     """
     log_f, log_g = (scipy.special.log_softmax(own.astype(np.float64), axis=1) for own in (f, g))
     # Rounding may leave a little less than 0 of equal functions.
-    return np.maximum(np.sum(np.exp(log_f) * (log_f - log_g), axis=1), 0.0)
+    found: np.ndarray = np.maximum(np.sum(np.exp(log_f) * (log_f - log_g), axis=1), 0.0)
+    return found

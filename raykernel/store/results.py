@@ -155,6 +155,11 @@ TABLES = {
                 ("intrinsic_dimension", pa.int64()),  # null: not confined to random directions
                 ("optimizer", pa.string()),
                 ("loss", pa.string()),
+                ("regularization", pa.string()),  # pull to the start; none, too, where lam is 0
+                ("lam", pa.float64()),  # λ of λ/2 ‖θ - θ_0‖²
+                ("convention", pa.string()),  # of the loss that λ is weighed against; null: none
+                ("sigma", pa.float64()),  # of the kernel ridge regression with the same minimum, in
+                # units of the kernel; null: it is none, as with cross-entropy
                 ("learning_rate", pa.float64()),
                 ("batch_size", pa.int64()),
                 ("steps", pa.int64()),
@@ -194,11 +199,14 @@ TABLES = {
                 ("trial", pa.string()),
                 ("step", pa.int64()),  # steps done; 0 is the start
                 ("epoch", pa.float64()),  # passes over train
-                ("train_loss", pa.float64()),  # mean over the steps since the last row
+                ("train_loss", pa.float64()),  # mean since the last row, without a pull's penalty
                 ("dev_loss", pa.float64()),
                 ("dev_score", pa.float64()),
                 ("learning_rate", pa.float64()),  # of the last step
-                ("gradient_norm", pa.float64()),  # of the last step, before clipping
+                (
+                    "gradient_norm",
+                    pa.float64(),
+                ),  # of the last step with a coupled pull's, unclipped
                 ("distance", pa.float64()),  # from the start, Euclidean
             ]
         ),
@@ -247,7 +255,10 @@ TABLES = {
                 ("deviation_relative", pa.float64()),  # over ‖θ_0‖
                 ("twin_deviation", pa.float64()),  # ‖θ̄ − θ_0‖ of the twin
                 ("apart", pa.float64()),  # ‖θ − θ̄‖
-                ("adapter_change", pa.float64()),  # mean over adapted matrices of ‖s B A‖; null: none
+                (
+                    "adapter_change",
+                    pa.float64(),
+                ),  # mean over adapted matrices of ‖s B A‖; null: none
                 ("adapter_relative", pa.float64()),  # mean of ‖s B A‖ / ‖W_0‖
                 ("modules", pa.string()),  # JSON: module → both
                 ("seconds", pa.float64()),  # of the twin's training
@@ -269,7 +280,10 @@ TABLES = {
         pa.schema(
             [
                 ("trial", pa.string()),
-                ("quantity", pa.string()),  # deviation ‖θ − θ_0‖, or distance to the twin over train
+                (
+                    "quantity",
+                    pa.string(),
+                ),  # deviation ‖θ − θ_0‖, or distance to the twin over train
                 ("name", pa.string()),  # printed, or a companion of it
                 ("bound", pa.float64()),  # null: not of this run
                 ("measured", pa.float64()),

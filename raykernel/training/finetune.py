@@ -2,6 +2,9 @@
 
     batch → mean loss → gradient → (clipped) → optimiser → every so often: dev, the best is kept
 
+A pull to θ_0 is part of the gradient before it is clipped, or a step before the optimiser's
+(regularization.py).
+
 The order of examples is a function of (seed, epoch) and dropout of (seed, step): there is no state
 of a random generator, so that a run which goes on from a checkpoint is the same run to the bit.
 The best parameters are those of the evaluation with the strictly highest dev score, the first of
@@ -25,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from raykernel.analysis.regression import score
-from raykernel.config import Json, TrainingConfig
+from raykernel.config import Json, RegularizationConfig, TrainingConfig
 from raykernel.errors import RunError
 from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.passes import checked_logits, selected_parameters
@@ -37,8 +40,11 @@ from raykernel.training.optimizers import (
     make_optimizer,
     state_tensors,
 )
+from raykernel.training.regularization import Pull
 from raykernel.training.spec import Point
 from raykernel.training.subspace import Subspace
+
+_NO_PULL = RegularizationConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +83,7 @@ def finetune(
     examples: Examples,
     training: TrainingConfig,
     *,
+    regularization: RegularizationConfig = _NO_PULL,
     metric: Metric = Metric.accuracy,
     batch_size: int = 8,
     report: Callable[[Point], None] | None = None,
@@ -89,6 +96,7 @@ def finetune(
         readout: (module, batch) → logits (n, c).
         examples: train, dev and test.
         training: the method, with `steps` and `eval_every` as numbers.
+        regularization: the pull to θ_0.
         metric: of dev and test.
         batch_size: examples of one forward pass at the most.
         report: called with every evaluation.
@@ -100,7 +108,15 @@ def finetune(
         InputError: if nothing is to be trained, or the logits have another shape than (n, c).
         RunError: if loss or gradient stop being finite.
     """
-    trainer = Trainer(module, readout, examples, training, metric=metric, batch_size=batch_size)
+    trainer = Trainer(
+        module,
+        readout,
+        examples,
+        training,
+        regularization=regularization,
+        metric=metric,
+        batch_size=batch_size,
+    )
     assert training.steps is not None, "a resolved configuration"
     while trainer.step < training.steps:
         for point in trainer.advance():
@@ -119,6 +135,7 @@ class Trainer:
         training: the method, with `steps` and `eval_every` as numbers.
         metric: of dev and test.
         batch_size: examples of one forward pass at the most.
+        regularization: the pull to θ_0.
 
     Attributes:
         step: steps done.
@@ -135,6 +152,7 @@ class Trainer:
         *,
         metric: Metric,
         batch_size: int,
+        regularization: RegularizationConfig = _NO_PULL,
     ) -> None:
         self.step = 0
         self.curve: list[Point] = []
@@ -147,6 +165,12 @@ class Trainer:
         # What the optimiser moves: the parameters, or coordinates of which they are a function.
         self._variables = self._parameters if self._subspace is None else {"z": self._subspace.z}
         self._optimizer = make_optimizer(self._variables.values(), training)
+        self._pull = Pull(
+            self._variables,
+            self._start if self._subspace is None else _values(self._variables),
+            weight=regularization.weight(training, len(examples.splits[Split.train])),
+            method=regularization.applied,
+        )
         self._best: Point | None = None
         self._best_values: dict[str, Tensor] = {}
         self._zero_shot = math.nan
@@ -225,6 +249,7 @@ class Trainer:
             raise self._diverged("loss", loss, norm, rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self._pull.step(rate)
         self._optimizer.step()
         if self._subspace is not None:
             self._subspace.move()
@@ -242,9 +267,9 @@ class Trainer:
                 loss = self._loss(self._logits(own), own, reduction="sum") / len(indices)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
-        # A penalty on the parameters adds its gradient here: after the loss, before clipping.
         if self._subspace is not None:
             self._subspace.pull_back()
+        self._pull.add_gradient()
         return total
 
     def _batch_of(self, step: int) -> Sequence[int]:

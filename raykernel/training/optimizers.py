@@ -47,7 +47,7 @@ def make_optimizer(
     """The optimiser that the configuration names.
 
     Weight decay is a step of its own for adamw and part of the gradient for the others; it comes
-    after clipping, which measures the gradient of the loss alone.
+    after clipping, which measures the gradient without it.
 
     Args:
         parameters: what moves.

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from raykernel.analysis.closeness import Closeness
-from raykernel.config import ComputeConfig, ModelConfig, ParametersConfig, TrainingConfig
+from raykernel.config import (
+    ComputeConfig,
+    ModelConfig,
+    ParametersConfig,
+    RegularizationConfig,
+    TrainingConfig,
+)
 from raykernel.problem.prompts import Encoded
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Metric, Split
@@ -26,6 +32,7 @@ class TrialSpec:
     parameters: ParametersConfig
     training: TrainingConfig
     """With `steps` and `eval_every` as numbers."""
+    regularization: RegularizationConfig
     compute: ComputeConfig
     metric: Metric
     encoded: Encoded
@@ -57,13 +64,14 @@ class Point:
     epoch: float
     """Passes over train done."""
     train_loss: float | None
-    """Mean over the steps since the last evaluation, dropout on where it is; None at θ_0."""
+    """Mean over the steps since the last evaluation, dropout on where it is, without a pull's
+    penalty; None at θ_0."""
     dev_loss: float
     dev_score: float
     learning_rate: float
     """Of the last step; at θ_0 of the first to come."""
     gradient_norm: float | None
-    """Of the last step before clipping; None at θ_0."""
+    """Of the last step before clipping, with that of a coupled pull; None at θ_0."""
     distance: float
     """‖θ - θ_0‖ over the trained parameters."""
 

@@ -49,6 +49,7 @@ class Trial:
             self._problem.readout,
             split_examples(spec, self._batches),
             spec.training,
+            regularization=spec.regularization,
             metric=spec.metric,
             batch_size=self._pass,
         )

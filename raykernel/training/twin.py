@@ -11,7 +11,7 @@ there however far they went (Rahimi Afzal et al. 2025 define A; Malladi et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -161,8 +161,9 @@ class Twin:
         )
 
     def _passes(self, split: Split) -> list[dict[str, Tensor]]:
-        indices: Sequence[int] = self._spec.splits[split]
-        return [self._batches.batch(own) for own in examples.split(indices, self._pass)]
+        return [
+            self._batches.batch(own) for own in examples.split(self._spec.splits[split], self._pass)
+        ]
 
     def _logits(self, split: Split) -> _Logits:
         module, readout = self._problem.module.eval(), self._problem.readout
@@ -189,7 +190,9 @@ class Twin:
         return np.array([self._spec.labels[i] for i in self._spec.splits[split]], dtype=np.int64)
 
 
-def summed_risk(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], loss: Loss) -> float:
+def summed_risk(
+    logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], loss: Loss
+) -> float:
     """R of `analysis.bounds`: Σ ||f - y||², without ½, or the summed cross-entropy.
 
     Args:
@@ -222,7 +225,7 @@ def adapted_modules(module: nn.Module) -> tuple[AdaptedModule, ...]:
         low = layer.get_submodule(f"lora_A.{_ADAPTER}").get_parameter("weight").detach().double()
         high = layer.get_submodule(f"lora_B.{_ADAPTER}").get_parameter("weight").detach().double()
         square = float(((high.T @ high) * (low @ low.T)).sum())
-        scaling: dict[str, float] = layer.scaling  # type: ignore[assignment]
+        scaling: dict[str, float] = layer.scaling
         change = abs(scaling[_ADAPTER]) * math.sqrt(max(square, 0.0))
         weight = layer.get_submodule("base_layer").get_parameter("weight").detach()
         whole = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
