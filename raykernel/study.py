@@ -17,7 +17,7 @@ from raykernel.published import Number, published
 from raykernel.terms import Command
 
 Row = dict[str, Any]
-"""A row of the tables `kernels`, `trials` or `behavior`, with `arm` beside."""
+"""A row of the tables `kernels`, `trials`, `twins` or `behavior`, with `arm` beside."""
 
 TASKS_PER_SHEET = 7
 """Columns of a sheet that hold tasks: so many means fit beside each other where piped."""
@@ -49,6 +49,8 @@ class Sheet:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
+    """What is printed after it."""
 
 
 @runtime_checkable

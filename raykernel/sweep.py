@@ -330,6 +330,8 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     screen.out.print(f"\n{study.question}", markup=False)
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
+        if sheet.note:
+            screen.out.print(sheet.note, markup=False)
     if rows and not plan.compare:
         screen.say("Note: the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)
