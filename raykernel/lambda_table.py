@@ -30,8 +30,8 @@ class Quantity:
 QUANTITIES = (
     Quantity("‖θ - θ_0‖", "deviation", "deviation"),
     Quantity("‖f - f̄‖, A", "distance_a", "distance"),
-    Quantity("B", "distance_b"),
-    Quantity("KL(f, f̄), A", "kl_a", "kl", digits=4),
+    Quantity("‖f - f̄‖, B", "distance_b"),
+    Quantity("KL, A", "kl_a", "kl", digits=4),
     Quantity("KL, B", "kl_b", digits=4),
     Quantity("f (%)", "score", "accuracy", 100, 1),
     Quantity("f̄, A (%)", "score_a", None, 100, 1),

@@ -51,6 +51,7 @@ TRAINING = {
 OTHERS = {
     "table8_output_derivative": {"task.seed": "13"},
     "table9_prompts": TRAINING | {"prompt": "manual,searched"},
+    "lambda_path": TRAINING | {"regularization.lam": "1,0"},
 }
 
 

@@ -190,6 +190,8 @@ TABLES = {
     "predictions": Listing(_PREDICTIONS, _predictions),
     "trials": Listing(RESULT_TABLES["trials"].schema, partial(Store.results, table="trials")),
     "curves": Listing(RESULT_TABLES["curves"].schema, partial(Store.results, table="curves")),
+    "twins": Listing(RESULT_TABLES["twins"].schema, partial(Store.results, table="twins")),
+    "bounds": Listing(RESULT_TABLES["bounds"].schema, partial(Store.results, table="bounds")),
     "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
     "spectra": Listing(RESULT_TABLES["spectra"].schema, partial(Store.results, table="spectra")),
 }

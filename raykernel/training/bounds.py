@@ -96,15 +96,12 @@ def run_bounds(
         Those on the deviation, then those on the distance of a run to its twin.
     """
     squared = training.loss is Loss.squared
-    mean = num_train * (2 if squared else 1)
-    at = {
-        "pull": mean * regularization.weight(training, num_train),
-        "time": flow_time(training) / mean,
-    }
+    pull, time = flow_units(training, regularization, num_train)
+    at = {"pull": pull, "time": time}
     reason = why_no_flow(training, regularization, num_train)
     if reason is not None or found.lipschitz is None:
         why = f"It is {reason}."
-        energy = _energy(training, regularization, found, at["pull"])
+        energy = _energy(training, regularization, found, pull)
         return [
             _none("deviation", "printed", found.deviation, why),
             energy or _none("deviation", "energy", found.deviation, why),
@@ -154,17 +151,26 @@ def run_bounds(
 _DISTANCE = ("printed", "sharper", "trivial")
 
 
-def flow_time(training: TrainingConfig) -> float:
-    """t: the sum of all step sizes.
+def flow_units(
+    training: TrainingConfig, regularization: RegularizationConfig, num_train: int
+) -> tuple[float, float]:
+    """λ and t of the flow on the summed R that small steps of a run follow.
+
+        λ = m w,    t = Σ η / m
 
     Args:
-        training: schedule, with numbers of steps.
+        training: loss and schedule, with numbers of steps.
+        regularization: the pull.
+        num_train: n.
 
     Returns:
-        Σ η.
+        λ and t.
     """
     assert training.steps is not None, "a resolved configuration"
-    return math.fsum(learning_rate(training, step) for step in range(training.steps))
+    m = num_train * (2 if training.loss is Loss.squared else 1)
+    pull = regularization.weight(training, num_train) if regularization.is_on else 0.0
+    whole = math.fsum(learning_rate(training, step) for step in range(training.steps))
+    return m * pull, whole / m
 
 
 def _energy(
