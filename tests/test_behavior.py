@@ -328,6 +328,14 @@ def test_wrong_input_is_said_before_anything_is_computed(
         settled(config_of(**changes))
 
 
+def test_a_pull_that_overshoots_is_refused_before_the_kernel(place: Path) -> None:
+    """η λ / n = 0.05 · 240 / 6 = 2."""
+    strong = {"regularization": "decoupled", "regularization.lam": "240", "store.path": "unused"}
+    with pytest.raises(InputError, match=r"regularization\.lam: found 240, expected less than 240"):
+        behavior(config_of(**strong), (), Screen())
+    assert not Path("unused").exists()
+
+
 def test_weights_of_another_model_are_refused(place: Path, found: Behavior) -> None:
     module = nn.Linear(2, 2)
     with pytest.raises(InputError, match="weights: found"):

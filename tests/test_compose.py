@@ -25,7 +25,18 @@ EXPERIMENTS = choices("experiment")
 
 
 @pytest.mark.parametrize(
-    "group", ["task", "model", "parameters", "kernel", "solver", "training", "behavior", "compute"]
+    "group",
+    [
+        "task",
+        "model",
+        "parameters",
+        "kernel",
+        "solver",
+        "training",
+        "regularization",
+        "behavior",
+        "compute",
+    ],
 )
 def test_every_choice_of_every_group_composes(group):
     runs = compose_runs("kernel", ["-m", f"{group}={','.join(choices(group))}", "model.name=x"])
@@ -77,7 +88,10 @@ def test_one_job_per_combination_in_order():
         ("kernel.kinds=[sgdd]", "expected one of [sgd"),
         ("prompt.style=foo", "expected one of [manual"),
         ("lambda=0.1", "spelt `lam`"),
-        ("regularization.lambda=0.1", "spelt `lam`"),
+        ("regularization.lambda=0.1", "regularization.lam="),
+        ("regularization=decoupld", "'decoupled'"),
+        ("lam=0.1", "did you mean regularization.lam?"),
+        ("regularization.lam=0.1", "Set regularization=coupled"),
         ("+task.foo=1", "Unknown key 'foo'"),
         ("task.k=1,2", "--multirun"),
         ("prompt.template={review} It was", "inner quotes"),

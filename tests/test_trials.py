@@ -16,13 +16,14 @@ from raykernel.cli import main
 from raykernel.compose import compose_runs
 from raykernel.compute.loading import model_bytes
 from raykernel.compute.memory import GIB, HEAP_SLACK, process_bytes
-from raykernel.compute.weights import load_parameters, read_parameters
-from raykernel.config import RunConfig
+from raykernel.compute.weights import load_parameters, read_parameters, write_head
+from raykernel.config import RunConfig, canonical_json, fingerprint
 from raykernel.console import Screen
 from raykernel.errors import BlockCorruptError, InputError
 from raykernel.pipeline import kernel
 from raykernel.prepared import prepare
 from raykernel.problem.batches import collate
+from raykernel.problem.probe import Head
 from raykernel.store.blocks import Store
 from raykernel.store.query import query
 from raykernel.store.verify import verify
@@ -101,6 +102,8 @@ def test_a_trial_is_printed_stored_and_never_run_twice(model, here, capsys):
     rates = [0.1 * left / 8 for left in (8, 6, 3, 1)]  # of the step before, from 0 on
     assert [point["learning_rate"] for point in curve] == pytest.approx(rates)
     assert main(["verify", "--store", "store"]) == 0
+
+    assert (row["regularization"], row["lam"], row["sigma"]) == ("none", 0.0, None)
 
 
 @pytest.mark.parametrize("prompt", [{}, NO_PROMPT])
@@ -191,9 +194,63 @@ def test_other_computing_is_the_same_trial_and_other_training_is_not(model, here
     assert identity(**{"training.steps": "null"}) == identity(**{"training.steps": str(32 * 6)})
     other = ["task.seed=21", "parameters=lora", "training.seed=1", "training.dropout=false"]
     assert all(identity(**dict([change.split("=")])) != first for change in other)
+    pulled = {"regularization": "coupled"}
+    same = [pulled | {"regularization.lam": "0"}, {"regularization": "none"}]
+    assert all(identity(**changes) == first for changes in same)
+    assert set(first) == {"task", "prompt", "model", "parameters", "metric", "training"}
+    other = ["lam=2", "convention=mean", "method=selective"]
+    changes = [dict([f"regularization.{change}".split("=")]) for change in other]
+    names = [canonical_json(identity(**pulled, **change)) for change in [{}, *changes]]
+    assert len({*names, canonical_json(first)}) == 5
     lines = (here / "reviews.tsv").read_text().replace("useless", "weak")
     (here / "reviews.tsv").write_text(lines)
     assert identity() != first
+
+
+@pytest.mark.parametrize(("convention", "sigma"), [("sum", 3.0), ("mean", 18.0)])
+def test_a_pulled_trial_is_stored_with_the_ridge_that_it_amounts_to(
+    convention, sigma, model, here, capsys
+):
+    """σ = λ beside the summed loss, and n λ beside its mean over six train examples."""
+    changes = {
+        "training.loss": "squared",
+        "regularization": "coupled",
+        "regularization.lam": "3",
+        "regularization.convention": convention,
+    }
+    assert main(["finetune", *arguments(model, **changes)]) == 0
+    assert f"fine-tuning (sgd, full, coupled, λ = 3, σ = {sigma:g})" in capsys.readouterr().out
+    columns = "regularization, lam, convention, sigma"
+    (row,) = query("store", f"select {columns} from trials").to_pylist()
+    expected = {"regularization": "coupled", "lam": 3.0, "convention": convention, "sigma": sigma}
+    assert row == expected
+
+
+def test_a_pulled_head_returns_to_where_it_starts_and_not_to_zero(model, here):
+    """ηλ = 1 in every step: no more than the last step of the loss, η times 1, is left."""
+    changes = NO_PROMPT | {
+        "parameters": "head",
+        "training.schedule": "constant",
+        "regularization": "decoupled",
+        "regularization.lam": "60",  # n / η
+    }
+    prepared = prepare(config_of(model, **changes), Screen())
+    trial = fingerprint(trial_identity(prepared, prepared.config.training))
+    # As a killed run leaves its probe; that of this model is all but zero.
+    weight = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    bias = np.ones(2, dtype=np.float32)
+    write_head(Store("store").begin_trial(trial).head, Head(weight, bias))
+    outcome = run(model, **changes)
+    assert outcome.trial == trial
+    values = read_parameters(outcome.files)
+    left = np.concatenate(
+        [
+            (values["classifier.weight"] - torch.from_numpy(weight)).flatten(),
+            values["classifier.bias"] - torch.from_numpy(bias),
+        ]
+    )
+    assert 0 < np.linalg.norm(left) <= 0.1 * (1 + 1e-4)
+    assert np.linalg.norm(left) == pytest.approx(outcome.row["distance"], rel=1e-4)
 
 
 def test_a_sweep_over_learning_rates_is_a_trial_for_each(model, here, capsys):
@@ -279,6 +336,19 @@ def test_weights_of_another_module_are_refused(model, here, tmp_path_factory):
         ({"compute.device": "cuda"}, "compute.device"),
         ({"compute.memory_gb": "0.1"}, "compute.memory_gb"),
         ({"training.precision": "tf32"}, "training.precision"),
+        ({"regularization": "coupled", "regularization.lam": "-1"}, "regularization.lam"),
+        ({"regularization.lam": "1"}, "Set regularization=coupled"),
+        ({"regularization": "l2sp"}, "coupled, decoupled, none, selective"),
+        # η = 0.1 and six train examples: 2 n / η = 120 beside the sum, 2 / η = 20 beside the mean.
+        ({"regularization": "decoupled", "regularization.lam": "120"}, "less than 120"),
+        (
+            {
+                "regularization": "selective",
+                "regularization.lam": "21",
+                "regularization.convention": "mean",
+            },
+            "less than 20",
+        ),
     ],
 )
 def test_wrong_input_ends_with_code_2_and_says_what_to_do(changes, help, model, here, capsys):

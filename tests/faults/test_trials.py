@@ -20,6 +20,7 @@ COMMAND = [
     *('prompt.template="{review} It was {label}."', "training=adam"),
     *("prompt.words={negative: terrible, positive: great}", "training.learning_rate=3e-3"),
     *("training.batch_size=3", "training.steps=90", "training.eval_every=9"),
+    "regularization=coupled",  # needs θ_0, which no checkpoint holds
 ]
 
 # A child dies with SIGKILL before its n-th rename; the next one before its (n + 1)-th, and so on
