@@ -29,13 +29,13 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("‖θ - θ_0‖", "deviation", "deviation"),
-    Quantity("‖f - f̄‖, A", "distance_a", "distance"),
-    Quantity("‖f - f̄‖, B", "distance_b"),
-    Quantity("KL, A", "kl_a", "kl", digits=4),
-    Quantity("KL, B", "kl_b", digits=4),
+    Quantity("‖f - f̄_A‖", "distance_a", "distance"),
+    Quantity("‖f - f̄_B‖", "distance_b"),
+    Quantity("KL(f, f̄_A)", "kl_a", "kl", digits=4),
+    Quantity("KL(f, f̄_B)", "kl_b", digits=4),
     Quantity("f (%)", "score", "accuracy", 100, 1),
-    Quantity("f̄, A (%)", "score_a", None, 100, 1),
-    Quantity("f̄, B (%)", "score_b", None, 100, 1),
+    Quantity("f̄_A (%)", "score_a", None, 100, 1),
+    Quantity("f̄_B (%)", "score_b", None, 100, 1),
 )
 """A: the linear model has its own training; B: it is at the parameters of f."""
 

@@ -206,7 +206,7 @@ def show_twin(outcome: TwinOutcome, screen: Screen) -> None:
                 f"{row['score']:.3f}",
             ]
             for row in outcome.rows
-            for name, label in (("a", "A: its own training"), ("b", "B: at θ_T"))
+            for name, label in (("a", "A: trained itself"), ("b", "B: at θ_T"))
         ],
         title=f"Fine-tuning f beside its linear model f̄ at θ_0, both after {first['steps']} steps",
     )

@@ -36,9 +36,9 @@ def test_the_sentence_tells_what_falls_with_lambda_and_what_does_not():
     ]  # fmt: skip
     (sheet,) = LambdaTable()(rows, compare=False)
     assert "the deviation falls at every step to a larger λ" in sheet.note
-    assert "Columns that do not: ‖f - f̄‖, A, f (%), f̄, A (%), f̄, B (%)." in sheet.note
+    assert "Columns that do not: ‖f - f̄_A‖, f (%), f̄_A (%), f̄_B (%)." in sheet.note
     rho = scipy.stats.spearmanr(lams, distances).statistic
-    assert f"‖f - f̄‖, A {rho:.2f}" in sheet.note
+    assert f"‖f - f̄_A‖ {rho:.2f}" in sheet.note
     assert "‖θ - θ_0‖ -1.00" in sheet.note
     assert "f (%) -" in sheet.note  # constant
     (sheet,) = LambdaTable()([row(1), row(0, deviation=0.1)], compare=False)

@@ -245,7 +245,7 @@ def test_a_twin_is_printed_stored_and_never_run_twice(model, here, capsys):
     said = " ".join(first.err.split())
     assert "parameters of the last step are not: training again" in said
     assert "Linear twin" in said
-    assert "A: its own training" in first.out
+    assert "A: trained itself" in first.out
     (trial,) = Store("store").trials()
     assert trial == plain.trial  # a twin does not change the trial, nor its name
     assert plain.files.weights.read_bytes() == before
