@@ -163,6 +163,11 @@ def test_deviations_are_those_of_the_stored_parameters(lora):
     expected = norm(again.last, again.start) / norm(again.start)
     assert row["deviation_relative"] == pytest.approx(expected, rel=1e-6)
     assert any("classifier" in name for name in again.last)
+    end = lora.trial.curve[-1]
+    assert lora.trial.row["best_step"] < end["step"] == row["steps"], (
+        "the case must tell them apart"
+    )
+    assert row["deviation"] == pytest.approx(end["distance"], rel=1e-6)
 
 
 def test_an_adapted_matrix_moves_by_s_b_a(lora):
