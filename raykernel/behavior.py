@@ -153,6 +153,13 @@ def settled(config: RunConfig) -> RunConfig:
         "none, since fine-tuning trains all selected parameters. Select layers with "
         "parameters.layers_to_transform or parameters.include",
     )
+    require(
+        not config.training.twin,
+        "training.twin",
+        True,
+        "false: behavior measures the linear model at the trial's parameters by itself. Compare "
+        "with a twin by `raykernel finetune training.twin=true`",
+    )
     check_training(config)
     analogs = ANALOGS[config.training.optimizer]
     kernel = config.kernel

@@ -32,7 +32,7 @@ commands that run a configuration (arguments are Hydra overrides; try --help, --
   spectrum  completes the kernel blocks of train, prints and stores condition numbers and ranks of
             every layer
   finetune  fine-tunes the same problem, keeps the parameters that are best on dev, prints and
-            stores the results
+            stores the results; training.twin=true compares with the linear model
   behavior  fine-tunes, and says whether that behaves like its kernel
 
 many runs, one table:
@@ -194,7 +194,12 @@ def run_finetune(run: ComposedRun, screen: Screen) -> None:
     """`raykernel finetune`."""
     from raykernel.trials import run_trial, show_trial
 
-    show_trial(run_trial(run.config, run.overrides, screen), screen)
+    if run.config.training.twin:
+        from raykernel.twins import run_twin, show_twin
+
+        show_twin(run_twin(run.config, run.overrides, screen), screen)
+    else:
+        show_trial(run_trial(run.config, run.overrides, screen), screen)
 
 
 def run_behavior(run: ComposedRun, screen: Screen) -> None:

@@ -421,6 +421,8 @@ class TrainingConfig:
     """float32, float64, tf32; bfloat16 computes under autocast and keeps parameters in float32."""
     keep_weights: bool = True
     """Keep the best parameters in the store, which comparisons with the kernel need."""
+    twin: bool = False
+    """Also train the linear model at the start in the same way, and compare; needs no dropout."""
 
     def __post_init__(self) -> None:
         key = "training."
@@ -435,6 +437,20 @@ class TrainingConfig:
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two, f"{key}betas", self.betas, "two numbers from 0 to below 1")
         require(self.eps > 0, f"{key}eps", self.eps, "more than 0")
+        require(
+            not (self.twin and self.dropout),
+            f"{key}dropout",
+            self.dropout,
+            f"false with {key}twin=true, because a linear model has no dropout. Set "
+            f"{key}dropout=false",
+        )
+        require(
+            not (self.twin and self.precision is Precision.bfloat16),
+            f"{key}precision",
+            self.precision.value,
+            f"float32 or float64 with {key}twin=true, because the difference of two models would "
+            f"be rounding error. Set {key}precision=float32",
+        )
         for name, default in (("betas", [0.9, 0.999]), ("eps", 1e-8)):
             require(
                 self.optimizer.is_adaptive or getattr(self, name) == default,
@@ -462,9 +478,9 @@ class TrainingConfig:
 
     @property
     def identity(self) -> dict[str, Json]:
-        """What decides the numbers, and not what is kept of them."""
+        """What decides the numbers, and not what is kept of them or compared with them."""
         settings = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        del settings["keep_weights"]
+        del settings["keep_weights"], settings["twin"]
         return settings
 
 

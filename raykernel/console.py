@@ -130,7 +130,8 @@ class PlainProgress:
             return
         self.last = now
         rate = self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / rate
+        # A run that was killed when all was done but its result has nothing to count.
+        left = (self.total - self.done) / rate if rate else 0.0
         self.say(f"{self.text}: {self.done}/{self.total}, {rate:.2f}/s, {duration(left)} left")
 
 

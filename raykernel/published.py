@@ -1,6 +1,7 @@
-"""What Malladi et al. (2023) used and found: tasks, seeds, grids and the numbers of their tables.
+"""Numbers that the papers print, which studies show beside ours.
 
-The numbers lie in sweeps/paper.csv, a line per line of a table.
+Those of Malladi et al. (2023) lie in sweeps/paper.csv, a line per line of a table; those of Rahimi
+Afzal et al. (2025) in sweeps/slides.csv, a line per λ.
 """
 
 from __future__ import annotations
@@ -60,6 +61,21 @@ def published(table: int) -> list[Number]:
         for task in line
         if task not in {"table", "method", *_KEYS} and line[task]
     ]
+
+
+@cache
+def slides(task: str) -> dict[float, dict[str, str]]:
+    """The table of Rahimi Afzal et al. 2025's slides, of another setting than any of ours.
+
+    Args:
+        task: its name.
+
+    Returns:
+        By λ and column, as printed; empty of a task that they have not.
+    """
+    with (sweeps_dir() / "slides.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return {float(line["lam"]): line for line in lines if line["task"] == task}
 
 
 def _where(line: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from raykernel.published import Number, published
 from raykernel.terms import Command
 
 Row = dict[str, Any]
-"""A row of the tables `kernels`, `spectra`, `trials` or `behavior`, with `arm` beside."""
+"""A row of the tables `kernels`, `spectra`, `trials`, `twins` or `behavior`, with `arm` beside."""
 
 TASKS_PER_SHEET = 7
 """Columns of a sheet that hold tasks: so many means fit beside each other where piped."""

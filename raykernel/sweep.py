@@ -260,6 +260,10 @@ def _run_spectrum(run: ComposedRun, screen: Screen) -> list[Row]:
 def _run_finetune(run: ComposedRun, screen: Screen) -> list[Row]:
     from raykernel.trials import run_trial
 
+    if run.config.training.twin:
+        from raykernel.twins import run_twin
+
+        return run_twin(run.config, run.overrides, screen).rows
     found = run_trial(run.config, run.overrides, screen)
     return [{**found.row, "curve": found.curve}]
 

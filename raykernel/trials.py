@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raykernel.compute.executor import Executor, versions
@@ -24,7 +26,7 @@ from raykernel.prepared import Prepared, example_labels, prepare, problem_column
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Precision, Split
-from raykernel.training.spec import Point, Result, TrialSpec
+from raykernel.training.spec import Point, Receipt, Result, ResultT, TrialSpec
 
 _STEPS_PER_JOB = 10
 """Steps between signs of life, where no evaluation comes before."""
@@ -138,8 +140,8 @@ def complete_trial(
     trial, store = fingerprint(identity), Store(config.store.path)
     files = store.trial(trial)
     stored = bool(store.rows("trials", trial=trial))
-    if stored and training.keep_weights and not files.weights.exists():
-        screen.say("The result is stored, its parameters are not: training again.")
+    if stored and (missing := _missing(files, training, store.rows("twins", trial=trial))):
+        screen.say(f"The result is stored, its {missing} are not: training again.")
         stored = False
     if not stored:
         files = store.begin_trial(trial)
@@ -152,6 +154,15 @@ def complete_trial(
     files.checkpoint.unlink(missing_ok=True)
     (row,) = store.rows("trials", trial=trial)
     return TrialOutcome(prepared, row, store.rows("curves", trial=trial), stored, files)
+
+
+def _missing(files: TrialFiles, training: TrainingConfig, twins: Sequence[object]) -> str:
+    """Parameters that are asked for and not there."""
+    if training.keep_weights and not files.weights.exists():
+        return "parameters"
+    if training.twin and not twins and not files.last.exists():
+        return "parameters of the last step"
+    return ""
 
 
 def trial_identity(prepared: Prepared, training: TrainingConfig) -> dict[str, Json]:
@@ -202,19 +213,43 @@ def train(spec: TrialSpec, executor: Executor, screen: Screen) -> Result:
 
     Returns:
         What was found; θ_FT is in the store.
+    """
+    return run_steps(spec.steps, spec.files.checkpoint, spec=spec, executor=executor, screen=screen)
+
+
+def run_steps(
+    make: Callable[[], Callable[[int], Receipt[ResultT]]],
+    checkpoint: Path,
+    *,
+    spec: TrialSpec,
+    executor: Executor,
+    screen: Screen,
+) -> ResultT:
+    """Have a worker train up to one step after the other, and see how it goes.
+
+    Args:
+        make: makes the worker's function, which takes a number of steps.
+        checkpoint: where that writes down how far it is.
+        spec: what is trained.
+        executor: where.
+        screen: where evaluations and progress are shown.
+
+    Returns:
+        What the last step gave.
 
     Raises:
         RunError: if loss or gradient stop being finite, or the worker fails otherwise.
     """
-    steps, done = spec.training.steps, _steps_done(spec.files, screen)
+    steps, done = spec.training.steps, _steps_done(checkpoint, screen)
     assert steps is not None, "a resolved configuration"
     ends = _ends(spec.training, done)
-    shown, result = done if done else -1, None
+    shown = done if done else -1
+    result: ResultT | None = None
     pass_size = spec.compute.batch_size
     before = dict(zip(ends, [done, *ends], strict=False))
     with screen.progress("steps", steps - done) as advance:
         # The steps of a trial are one after the other: a second worker would do the same ones.
-        for outcome in executor.run(spec.steps, ends, workers=1):
+        for outcome in executor.run(make, ends, workers=1):
             receipt = outcome.value()
             if receipt.pass_size < pass_size:
                 pass_size = receipt.pass_size
@@ -244,17 +279,17 @@ def _ends(training: TrainingConfig, done: int) -> list[int]:
     return [*sorted(end for end in ends if end > done), training.steps]
 
 
-def _steps_done(files: TrialFiles, screen: Screen) -> int:
+def _steps_done(checkpoint: Path, screen: Screen) -> int:
     """Where the run goes on; a damaged checkpoint is dropped."""
     from raykernel.compute.tensorfile import read_facts  # a stored trial needs none of it
 
     try:
-        done = int(read_facts(files.checkpoint)["step"])
+        done = int(read_facts(checkpoint)["step"])
     except FileNotFoundError:
         return 0
     except BlockCorruptError as error:
         screen.say(f"Note: {error} It is dropped: training begins anew.")
-        files.checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         return 0
     screen.say(f"Going on after step {done}.")
     return done

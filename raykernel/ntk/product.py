@@ -125,24 +125,54 @@ def tangents(
         InputError: if the direction does not fit the model, or there is no example.
         NonFiniteError: if logits or the product are NaN or infinite.
     """
-    task = _task(model, readout, direction)
-    ways = list(_WAYS)
-    # A single example says nothing of how the model treats several.
-    checked = 0
-    found: list[_Product] = []
-    with prepared(model, task.parameters.values()), sdpa_kernel(SDPBackend.MATH):
-        for batch in batches:
-            several = min(check_batch(batch), 2)
-            constant = {key: value.detach() for key, value in batch.items()}
-            while (product := _attempt(ways, task, constant, check=checked < several)) is None:
-                ways.pop(0)
-                checked = 0
-            checked = max(checked, several)
-            found.append(product)
+    product = TangentMap(model, readout)
+    found = [product(batch, direction) for batch in batches]
     if not found:
         raise InputError("no batch of examples, expected at least one. Check what makes them.")
     logits, products = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(products)
+
+
+class TangentMap:
+    """J w of one batch after the other, along directions that may differ, see `tangents`.
+
+    The way to it that has held of a first batch and direction is kept; a direction of zeros shows
+    nothing, so the first one should have none.
+
+    Args:
+        model: the network; whatever its parameters are at a call is where J is.
+        readout: logits (n, c) of a batch.
+    """
+
+    def __init__(self, model: nn.Module, readout: Readout) -> None:
+        self._model, self._readout = model, readout
+        self._ways = list(_WAYS)
+        self._checked = 0
+
+    def __call__(
+        self, batch: Batch, direction: Mapping[str, Tensor]
+    ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
+        """Logits and J w.
+
+        Args:
+            batch: the examples.
+            direction: w, by name in `model.named_parameters()`.
+
+        Returns:
+            Both, in the order of the examples.
+        """
+        task = _task(self._model, self._readout, direction)
+        # A single example says nothing of how the model treats several.
+        several = min(check_batch(batch), 2)
+        constant = {key: value.detach() for key, value in batch.items()}
+        with prepared(self._model, task.parameters.values()), sdpa_kernel(SDPBackend.MATH):
+            while (
+                found := _attempt(self._ways, task, constant, check=self._checked < several)
+            ) is None:
+                self._ways.pop(0)
+                self._checked = 0
+        self._checked = max(self._checked, several)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ predictions
            a row per (kernel, solution, test example) that was predicted without its kernel
 trials     a row per fine-tuning run that ended
 curves     a row per (trial, evaluation)
+twins      a row per (trial, split): how far fine-tuning is from its linear models
+bounds     a row per (trial, bound) on that
 behavior   a row per verdict: (kernel, fine-tuning run, solver settings, criteria)
 """
 
@@ -188,6 +190,8 @@ TABLES = {
     "predictions": Listing(_PREDICTIONS, _predictions),
     "trials": Listing(RESULT_TABLES["trials"].schema, partial(Store.results, table="trials")),
     "curves": Listing(RESULT_TABLES["curves"].schema, partial(Store.results, table="curves")),
+    "twins": Listing(RESULT_TABLES["twins"].schema, partial(Store.results, table="twins")),
+    "bounds": Listing(RESULT_TABLES["bounds"].schema, partial(Store.results, table="bounds")),
     "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
     "spectra": Listing(RESULT_TABLES["spectra"].schema, partial(Store.results, table="spectra")),
 }

@@ -232,6 +232,89 @@ TABLES = {
         stem="curve",
         order=("trial", "step"),
     ),
+    "twins": ResultTable(
+        pa.schema(
+            [
+                ("trial", pa.string()),  # the fine-tuning run f; all is of its last step
+                ("split", pa.string()),  # train, dev or test, on which the next numbers are
+                ("num_examples", pa.int64()),
+                ("task", pa.string()),
+                ("model", pa.string()),
+                ("prompt", pa.string()),
+                ("k", pa.int64()),
+                ("seed", pa.int64()),
+                ("method", pa.string()),
+                ("optimizer", pa.string()),
+                ("loss", pa.string()),
+                ("regularization", pa.string()),
+                ("lam", pa.float64()),
+                ("convention", pa.string()),
+                ("learning_rate", pa.float64()),
+                ("batch_size", pa.int64()),
+                ("steps", pa.int64()),
+                ("metric", pa.string()),  # of the next four
+                ("start_score", pa.float64()),  # of f_0
+                ("score", pa.float64()),  # of f, not of the parameters that are best on dev
+                ("score_a", pa.float64()),  # of the twin: the linear model, trained itself
+                ("score_b", pa.float64()),  # of the linear model at the parameters of f
+                ("agreement_a", pa.float64()),  # share of examples with the same largest logit
+                ("agreement_b", pa.float64()),
+                ("change", pa.float64()),  # mean ‖f − f_0‖ of an example's logits
+                ("distance_a", pa.float64()),  # mean ‖f − f̄‖
+                ("distance_b", pa.float64()),
+                ("relative_a", pa.float64()),  # over change; null: nothing changed
+                ("relative_b", pa.float64()),
+                ("kl_a", pa.float64()),  # mean KL(softmax f ‖ softmax f̄), nats
+                ("kl_b", pa.float64()),
+                ("kl_reverse_a", pa.float64()),  # mean KL(softmax f̄ ‖ softmax f), nats
+                ("kl_reverse_b", pa.float64()),
+                ("deviation", pa.float64()),  # ‖θ − θ_0‖ of f; the next ones are of no split, too
+                ("deviation_relative", pa.float64()),  # over ‖θ_0‖
+                ("twin_deviation", pa.float64()),  # ‖θ̄ − θ_0‖ of the twin
+                ("apart", pa.float64()),  # ‖θ − θ̄‖
+                (
+                    "adapter_change",
+                    pa.float64(),
+                ),  # mean over adapted matrices of ‖s B A‖; null: none
+                ("adapter_relative", pa.float64()),  # mean of ‖s B A‖ / ‖W_0‖
+                ("modules", pa.string()),  # JSON: module → both
+                ("seconds", pa.float64()),  # of the twin's training
+                ("peak_memory_bytes", pa.int64()),
+                ("last_checksum", pa.string()),  # xxh3 of last.safetensors
+                ("weights_checksum", pa.string()),  # xxh3 of twin.safetensors
+                ("path", pa.string()),
+                ("created", _TIME),
+                ("versions", pa.string()),
+                ("overrides", _TEXTS),
+            ]
+        ),
+        key=("trial",),
+        folder="trials/{trial}",
+        stem="twins",
+        order=("created", "split"),
+    ),
+    "bounds": ResultTable(
+        pa.schema(
+            [
+                ("trial", pa.string()),
+                (
+                    "quantity",
+                    pa.string(),
+                ),  # deviation ‖θ − θ_0‖, or distance to the twin over train
+                ("name", pa.string()),  # printed, or a companion of it
+                ("bound", pa.float64()),  # null: not of this run
+                ("measured", pa.float64()),
+                ("holds", pa.bool_()),
+                ("slack", pa.float64()),  # larger over smaller
+                ("assumes", pa.string()),  # or what of that is not met
+                ("lipschitz", pa.float64()),  # ‖J‖ of train at θ_0, or at the end if that is more
+            ]
+        ),
+        key=("trial",),
+        folder="trials/{trial}",
+        stem="bounds",
+        order=("trial",),
+    ),
     "behavior": ResultTable(
         pa.schema(
             [

@@ -5,8 +5,13 @@
       head.safetensors         linear head that it starts from (prompt=none)
       best.safetensors         the trained parameters where dev was best
       adapter/                 the same as PEFT loads them, where an adapter was trained
+      last.safetensors         the trained parameters of the last step, where a twin needs them
+      twin-checkpoint.safetensors, twin.safetensors
+                               of the linear twin: while it runs, and its parameters at the end
       curve-<key>.parquet      its evaluations; written before the next one
       trial-<key>.parquet      its result (results.py): it is there, so the run has ended
+      bounds-<key>.parquet     bounds of the run; written before the next one
+      twins-<key>.parquet      how far it is from its linear twin: it is there, so that has ended
 
 Each is written at once, and twice with the same content, so nobody locks and nobody waits.
 """
@@ -41,6 +46,21 @@ class TrialFiles:
     def weights(self) -> Path:
         """Best parameters."""
         return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Parameters of the last step."""
+        return self.path / "last.safetensors"
+
+    @property
+    def twin_checkpoint(self) -> Path:
+        """State of a linear twin that has not ended."""
+        return self.path / "twin-checkpoint.safetensors"
+
+    @property
+    def twin(self) -> Path:
+        """Parameters of the linear twin at its last step."""
+        return self.path / "twin.safetensors"
 
     @property
     def adapter(self) -> Path:

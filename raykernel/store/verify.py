@@ -24,7 +24,7 @@ from raykernel.store.trials import checksum
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
 _LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
-_TRIAL_TABLES = {"trial": "trials", "curve": "curves"}
+_TRIAL_TABLES = {"trial": "trials", "curve": "curves", "twins": "twins", "bounds": "bounds"}
 _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
 
@@ -198,13 +198,18 @@ def _trial_problems(
 ) -> Iterator[tuple[Path, str, bool]]:
     """Bad files of one fine-tuning run, as `_problems` names them."""
     of_trial = store.trial(folder.name)
-    known = (of_trial.checkpoint, of_trial.head, of_trial.weights, of_trial.adapter)
+    known = (of_trial.checkpoint, of_trial.head, of_trial.adapter, of_trial.twin_checkpoint)
+    summed = {
+        of_trial.weights: ("trials", "weights_checksum"),
+        of_trial.last: ("twins", "last_checksum"),
+        of_trial.twin: ("twins", "weights_checksum"),
+    }
     for file in files:
         try:
             if table := _TRIAL_TABLES.get(file.name.partition("-")[0]):
                 read_row_file(file, TABLES[table].schema)
-            elif file == of_trial.weights:
-                _check_weights(store, folder.name, file)
+            elif file in summed:
+                _check_weights(store, folder.name, file, *summed[file])
             elif file not in known:
                 raise InputError("no file of a store; move it elsewhere")
         except InputError as error:
@@ -225,13 +230,13 @@ def _verdict_problems(
             yield file, _reason(error, file), _damaged(error)
 
 
-def _check_weights(store: Store, trial: str, file: Path) -> None:
+def _check_weights(store: Store, trial: str, file: Path, table: str, column: str) -> None:
     try:
-        rows = store.rows("trials", trial=trial)
+        rows = store.rows(table, trial=trial)
     except BlockCorruptError:  # among the bad files itself
         return
     for row in rows:
-        if row["weights_checksum"] != checksum(file):
+        if row[column] != checksum(file):
             raise BlockCorruptError(f"{file}: other content than its trial wrote")
 
 

@@ -140,6 +140,7 @@ class Trainer:
     Attributes:
         step: steps done.
         curve: evaluations so far.
+        seconds: time that training and evaluation took so far.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class Trainer:
         self._best_values: dict[str, Tensor] = {}
         self._zero_shot = math.nan
         self._losses: list[float] = []
-        self._seconds = 0.0
+        self.seconds = 0.0
 
     # ------------------------------------------------------------ the loop
 
@@ -200,7 +201,7 @@ class Trainer:
             rate, norm = self._one_step()
             if self.step % training.eval_every == 0 or self.step == training.steps:
                 self._evaluate(rate, norm)
-        self._seconds += time.monotonic() - start
+        self.seconds += time.monotonic() - start
         return self.curve[before:]
 
     def finish(self) -> FineTuned:
@@ -218,15 +219,23 @@ class Trainer:
         self._module.zero_grad(set_to_none=True)  # room for the copy that is given back
         self._set(self._best_values)
         test = self._scored(Split.test)[1]
-        self._seconds += time.monotonic() - start
+        self.seconds += time.monotonic() - start
         return FineTuned(
             parameters={name: v.cpu() for name, v in _values(self._parameters).items()},
             best=self._best,
             zero_shot=self._zero_shot,
             test=test,
             curve=tuple(self.curve),
-            seconds=self._seconds,
+            seconds=self.seconds,
         )
+
+    def values(self) -> dict[str, Tensor]:
+        """The trained parameters as they stand, by name.
+
+        Returns:
+            Their values, not copied.
+        """
+        return {name: p.detach() for name, p in self._parameters.items()}
 
     def _one_step(self) -> tuple[float, float]:
         """Learning rate and gradient norm of the step that was done."""
@@ -317,7 +326,7 @@ class Trainer:
             dev_score=dev,
             learning_rate=rate,
             gradient_norm=norm,
-            distance=_distance(self._parameters, self._start),
+            distance=distance(self._parameters, self._start),
         )
         self._losses.clear()
         self.curve.append(point)
@@ -375,7 +384,7 @@ class Trainer:
             "step": self.step,
             "best": best,
             "zero_shot": self._zero_shot,
-            "seconds": self._seconds,
+            "seconds": self.seconds,
             "curve": [asdict(point) for point in self.curve],
         }
         named = {f"{part}/{key}": v for part, own in parts.items() for key, v in own.items()}
@@ -395,7 +404,7 @@ class Trainer:
         self._set(parts["variable"])
         load_state_tensors(self._optimizer, self._variables, parts["optimizer"])
         self.step, self._zero_shot = facts["step"], facts["zero_shot"]
-        self._seconds = facts["seconds"]
+        self.seconds = facts["seconds"]
         self.curve = [Point(**point) for point in facts["curve"]]
         if facts["best"] is not None:
             (self._best,) = (point for point in self.curve if point.step == facts["best"])
@@ -447,7 +456,16 @@ def _subspace(parameters: Mapping[str, nn.Parameter], training: TrainingConfig) 
     return Subspace(parameters, RandomMatrices(training.intrinsic_dimension, seed, entries))
 
 
-def _distance(parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> float:
+def distance(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """‖θ - θ_0‖ over all parameters together.
+
+    Args:
+        parameters: θ, by name.
+        start: θ_0, by the same names.
+
+    Returns:
+        The Euclidean norm.
+    """
     squares = (
         float(torch.linalg.vector_norm(p.detach() - start[name], dtype=torch.float64)) ** 2
         for name, p in parameters.items()

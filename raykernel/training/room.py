@@ -31,7 +31,12 @@ _TEMPORARIES = 3
 
 
 def pass_size(
-    problem: Problem, longest: Batch, training: TrainingConfig, compute: ComputeConfig
+    problem: Problem,
+    longest: Batch,
+    training: TrainingConfig,
+    compute: ComputeConfig,
+    *,
+    twin: bool = False,
 ) -> int:
     """Examples of a forward and backward pass; the number follows from the configuration alone.
 
@@ -40,6 +45,7 @@ def pass_size(
         longest: the example with the most tokens.
         training: update rule, and the random directions if there are any.
         compute: memory and largest batch.
+        twin: for the linear twin, which keeps more.
 
     Returns:
         `compute.batch_size`, or what fits.
@@ -48,6 +54,7 @@ def pass_size(
         InputError: if one example does not fit.
     """
     weights, held = model_bytes(problem.module), held_bytes(problem, training)
+    held += twin_bytes(problem) if twin else 0
     work = pass_bytes(problem, longest, compute)
     fixed = process_bytes(compute) + weights + held
     if found := most_examples(fixed, work, compute):
@@ -78,6 +85,18 @@ def held_bytes(problem: Problem, training: TrainingConfig) -> int:
         return (1 + copies) * whole
     moved = training.intrinsic_dimension * trained[0].element_size()
     return 2 * whole + copies * moved + kept_bytes(trained, training.intrinsic_dimension)
+
+
+def twin_bytes(problem: Problem) -> int:
+    """What a linear twin keeps beside a trainer and the network at θ_0: its θ̄, θ̄ − θ_0, and θ_T.
+
+    Args:
+        problem: at θ_0.
+
+    Returns:
+        The bytes.
+    """
+    return 3 * _num_bytes(selected_parameters(problem.module).values())
 
 
 def pass_bytes(problem: Problem, longest: Batch, compute: ComputeConfig) -> ProductBytes:

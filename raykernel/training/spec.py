@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from raykernel.analysis.closeness import Closeness
 from raykernel.config import (
     ComputeConfig,
     ModelConfig,
@@ -18,6 +20,8 @@ from raykernel.config import (
 from raykernel.problem.prompts import Encoded
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Metric, Split
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,17 @@ class TrialSpec:
     splits: Mapping[Split, range]
     files: TrialFiles
 
-    def steps(self) -> Callable[[int], Receipt]:
+    def steps(self) -> Callable[[int], Receipt[Result]]:
         """In a worker's process: the function that trains up to a step."""
         from raykernel.training.trial import Trial
 
         return Trial(self).train
+
+    def twin_steps(self) -> Callable[[int], Receipt[TwinResult]]:
+        """The same for the linear twin of the trial, which has ended."""
+        from raykernel.training.twin import Twin
+
+        return Twin(self).train
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +77,12 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Generic[ResultT]):
     """What is left to say about some steps."""
 
     points: tuple[Point, ...]
     """Evaluations on the way."""
-    result: Result | None
+    result: ResultT | None
     """Of the last step."""
     pass_size: int
     """Examples of a forward and backward pass."""
@@ -91,4 +101,64 @@ class Result:
     """Numbers that were trained."""
     weights_checksum: str | None
     """Of the stored parameters; None if they were not to be kept."""
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TwinSplit:
+    """A run f and its linear models on one split: f̄_A = f̄(θ̄_T) of the twin, f̄_B = f̄(θ_T)."""
+
+    num_examples: int
+    change: float
+    """Mean of ||f - f_0||."""
+    a: Closeness
+    """Of f to f̄_A."""
+    b: Closeness
+    """Of f to f̄_B."""
+    start_score: float
+    """Metric of f_0; the next three of f, f̄_A and f̄_B."""
+    score: float
+    score_a: float
+    score_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """How far a LoRA moved one weight matrix."""
+
+    module: str
+    change: float
+    """||s B A||_F."""
+    relative: float
+    """The same over ||W_0||_F."""
+
+
+@dataclass(frozen=True, slots=True)
+class TwinResult:
+    """What a run and its linear twin found, at the last step T of both."""
+
+    splits: Mapping[Split, TwinSplit]
+    start: float
+    """||θ_0||."""
+    deviation: float
+    """||θ_T - θ_0||."""
+    twin_deviation: float
+    """||θ̄_T - θ_0||."""
+    apart: float
+    """||θ_T - θ̄_T||."""
+    modules: tuple[AdaptedModule, ...]
+    """Of a LoRA."""
+    start_risk: float
+    """Summed loss of train at θ_0: Σ ||f - y||² or the cross-entropy."""
+    remainder: float
+    """||F(θ_T) - F̄(θ_T)|| over train, stacked."""
+    distance: float
+    """||F(θ_T) - F̄(θ̄_T)|| over train, stacked."""
+    lipschitz: tuple[float, float] | None
+    """||J||_op of train's stacked outputs at θ_0 and at θ_T; None: no bound asks for it."""
+    seconds: float
+    last_checksum: str
+    """Of the file with θ_T."""
+    weights_checksum: str
+    """Of the file with θ̄_T."""
     peak_memory_bytes: int

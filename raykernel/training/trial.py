@@ -9,6 +9,8 @@ to the same bits.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -45,7 +47,7 @@ class Trial:
         self._trainer = Trainer(
             self._problem.module,
             self._problem.readout,
-            self._examples(),
+            split_examples(spec, self._batches),
             spec.training,
             regularization=spec.regularization,
             metric=spec.metric,
@@ -55,7 +57,7 @@ class Trial:
             self._trainer.resume(*read_tensors(spec.files.checkpoint))
         self._result: Result | None = None
 
-    def train(self, until: int) -> Receipt:
+    def train(self, until: int) -> Receipt[Result]:
         """Train up to a step, with a checkpoint at every evaluation.
 
         Args:
@@ -64,16 +66,13 @@ class Trial:
         Returns:
             What was found on the way.
         """
-        points: list[Point] = []
-        trainer, files = self._trainer, self._spec.files
-        while trainer.step < until:
-            new = trainer.advance()
-            points += new
-            if any(point.step == trainer.step for point in new):
-                write_tensors(files.checkpoint, *trainer.state())
-        if trainer.step == self._spec.training.steps and self._result is None:
+        trainer, spec = self._trainer, self._spec
+        points = advance(trainer, until, spec.files.checkpoint)
+        if trainer.step == spec.training.steps and self._result is None:
+            if spec.training.twin:  # before the best ones take their place
+                write_tensors(spec.files.last, trainer.values(), {"step": trainer.step})
             self._result = self._kept(trainer.finish())
-        return Receipt(tuple(points), self._result, self._pass)
+        return Receipt(points, self._result, self._pass)
 
     def _kept(self, found: FineTuned) -> Result:
         files, spec = self._spec.files, self._spec
@@ -101,9 +100,31 @@ class Trial:
             peak_memory_bytes=process.peak_bytes(spec.compute.device),
         )
 
-    def _examples(self) -> Examples:
-        labels = np.array(self._spec.labels, dtype=np.int64)
-        return Examples(self._batches.batch, labels, self._spec.splits)
+
+def advance(trainer: Trainer, until: int, checkpoint: Path) -> tuple[Point, ...]:
+    """Train up to a step, with a checkpoint at every evaluation.
+
+    Args:
+        trainer: a trial under way.
+        until: steps done afterwards.
+        checkpoint: the file.
+
+    Returns:
+        The new evaluations.
+    """
+    points: list[Point] = []
+    while trainer.step < until:
+        new = trainer.advance()
+        points += new
+        if any(point.step == trainer.step for point in new):
+            write_tensors(checkpoint, *trainer.state())
+    return tuple(points)
+
+
+def split_examples(spec: TrialSpec, batches: examples.Examples) -> Examples:
+    """A trial's data as a trainer takes it."""
+    labels = np.array(spec.labels, dtype=np.int64)
+    return Examples(batches.batch, labels, spec.splits)
 
 
 def load_start(spec: TrialSpec) -> Problem:

@@ -28,7 +28,7 @@ COMMAND = [
 DYING = """
 import os, signal, sys
 from pathlib import Path
-import raykernel.trials, raykernel.training.trial
+import raykernel.twins, raykernel.training.twin, raykernel.training.bounds
 from raykernel.cli import main
 
 def run(n):
@@ -84,6 +84,28 @@ def test_killed_before_every_rename_and_run_again_is_the_undisturbed_run(here):
     assert int(done.stdout.split()[-1]) >= 4
     assert done.stderr.count("Going on after step") >= 3
     assert_same(here, "dying")
+
+
+def test_a_twin_killed_before_every_rename_is_the_undisturbed_one(here):
+    command = [*COMMAND, "training.dropout=false", "training.twin=true"]
+    command += ["training.steps=18", "training.eval_every=3"]
+    python(here, "-m", "raykernel", *command, "store.path=twin")
+    done = python(here, "-c", DYING, *command, "store.path=dying-twin")
+    assert int(done.stdout.split()[-1]) >= 5
+    twins = done.stderr.split("Linear twin\n")[1:]
+    assert any(text.startswith("Going on after step") for text in twins)
+    stores = [open_store(here / name) for name in ("twin", "dying-twin")]
+    ((trial,), (other,)) = (one.trials() for one in stores)
+    assert trial == other
+    whole, killed = (one.trial(trial) for one in stores)
+    assert whole.last.read_bytes() == killed.last.read_bytes()
+    assert whole.twin.read_bytes() == killed.twin.read_bytes()
+    assert not killed.twin_checkpoint.exists()
+    sql = "SELECT split, distance_a, distance_b, kl_a, kl_b, deviation, apart FROM twins"
+    assert query(here / "twin", sql).equals(query(here / "dying-twin", sql))
+    assert query(here / "twin", "SELECT * FROM bounds").equals(
+        query(here / "dying-twin", "SELECT * FROM bounds")
+    )
 
 
 def test_killed_at_some_instant_and_run_again_is_the_undisturbed_run(here):

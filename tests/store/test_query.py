@@ -45,6 +45,8 @@ def store(tmp_path: Path) -> Store:
     store.write_result("kernels", row(handle.fingerprint))
     store.write_result("trials", {"trial": "t", "finetuned": 0.9})
     store.write_results("curves", [{"trial": "t", "step": step} for step in (10, 0)])
+    store.write_results("twins", [{"trial": "t", "split": name} for name in ("train", "test")])
+    store.write_result("bounds", {"trial": "t", "quantity": "deviation", "name": "printed"})
     verdict = {"fingerprint": handle.fingerprint, "trial": "t", "solver": "{}", "criteria": "{}"}
     store.write_result("behavior", verdict | {"solves": True})
     spectra = {"fingerprint": handle.fingerprint, "kind": "sgd", "groups": [], "ridge": 1e-3}

@@ -13,7 +13,7 @@ from raykernel.config import ComputeConfig, TrainingConfig
 from raykernel.errors import InputError
 from raykernel.problem.models import Problem
 from raykernel.terms import Optimizer
-from raykernel.training.room import held_bytes, pass_bytes, pass_size
+from raykernel.training.room import held_bytes, pass_bytes, pass_size, twin_bytes
 from raykernel.training.subspace import kept_bytes
 
 KIB = 1 << 10
@@ -62,6 +62,10 @@ def test_passes_are_as_large_as_fits_and_what_cannot_fit_is_refused() -> None:
         limit = (fixed + HEAP_SLACK * work.of(count) + 1) / GIB
         assert pass_size(own, ONE, training, dataclasses.replace(compute, memory_gb=limit)) == count
     assert pass_size(own, ONE, training, compute) == 8
+    assert twin_bytes(own) == 3 * TRAINED
+    limit = (fixed + 3 * TRAINED + HEAP_SLACK * work.of(2) + 1) / GIB
+    small = dataclasses.replace(compute, memory_gb=limit)
+    assert pass_size(own, ONE, training, small, twin=True) == 2
     tiny = dataclasses.replace(compute, memory_gb=0.1)
     with pytest.raises(InputError, match=r"memory_gb: found 0\.1, expected at least 0\.\d\d GiB"):
         pass_size(own, ONE, training, tiny)

@@ -1,0 +1,233 @@
+"""What a worker does for the linear twin of a trial: it trains f̄, and measures f and f̄ at the end.
+
+    step → (load, go on from the checkpoint) → train f̄ → … → θ̄_T stored → f, f̄(θ̄_T), f̄(θ_T)
+
+f̄_A = f̄(θ̄_T) has followed its own gradients and f̄_B = f̄(θ_T) is the expansion at the parameters of
+the run: ‖f - f̄_B‖ is what curvature does in one step of that size, ‖f - f̄_A‖ adds that the two ways
+part. They differ in what they say: at a weak pull both models fit train, and are near each other
+there however far they went (Rahimi Afzal et al. 2025 define A; Malladi et al. 2023 measure B).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from raykernel.analysis.closeness import closeness, mean_distance
+from raykernel.analysis.regression import score
+from raykernel.compute import examples, kept, process
+from raykernel.compute.loading import settle
+from raykernel.compute.tensorfile import read_tensors, write_tensors
+from raykernel.compute.weights import assign
+from raykernel.errors import RunError
+from raykernel.ntk.operator_norm import operator_norm
+from raykernel.ntk.passes import checked_logits, selected_parameters
+from raykernel.ntk.product import tangents
+from raykernel.store.trials import checksum
+from raykernel.terms import Loss, Split
+from raykernel.training.bounds import why_no_flow
+from raykernel.training.finetune import Trainer, distance, objective
+from raykernel.training.linearized import Linearized, read_linearized_logits
+from raykernel.training.room import pass_size
+from raykernel.training.spec import AdaptedModule, Receipt, TrialSpec, TwinResult, TwinSplit
+from raykernel.training.trial import advance, load_start, split_examples
+
+_ADAPTER = "default"
+"""PEFT's name of the only adapter."""
+
+_Logits = Float[np.ndarray, "n c"]
+
+
+class Twin:
+    """A model at θ_0 in a process of its own, and how far its linear twin is trained.
+
+    Args:
+        spec: of the trial, which has ended.
+    """
+
+    def __init__(self, spec: TrialSpec) -> None:
+        settle(spec.compute)
+        kept.forget()  # the model that a worker before has left: it may not be at θ_0
+        self._spec = spec
+        self._problem = load_start(spec)
+        self._batches = examples.Examples(spec.encoded, spec.compute.device)
+        longest = self._batches.batch(self._batches.longest[:1])
+        self._pass = pass_size(self._problem, longest, spec.training, spec.compute, twin=True)
+        probe = self._batches.batch(self._batches.longest)
+        self._trainer = Trainer(
+            Linearized(self._problem.module, self._problem.readout, probe),
+            read_linearized_logits,
+            split_examples(spec, self._batches),
+            spec.training,
+            regularization=spec.regularization,
+            metric=spec.metric,
+            batch_size=self._pass,
+        )
+        if spec.files.twin_checkpoint.exists():
+            self._trainer.resume(*read_tensors(spec.files.twin_checkpoint))
+        self._result: TwinResult | None = None
+
+    def train(self, until: int) -> Receipt[TwinResult]:
+        """Train the twin up to a step, with a checkpoint at every evaluation.
+
+        Args:
+            until: steps done afterwards; at the last one, both models are compared.
+
+        Returns:
+            What was found on the way.
+
+        Raises:
+            RunError: if the twin's loss or gradient stop being finite.
+        """
+        trainer, files = self._trainer, self._spec.files
+        try:
+            points = advance(trainer, until, files.twin_checkpoint)
+        except RunError as error:
+            raise RunError(
+                f"The linear twin has left the numbers while its run, which is stored, has not: "
+                f"{error}"
+            ) from error
+        if trainer.step == self._spec.training.steps and self._result is None:
+            write_tensors(files.twin, trainer.values(), {"step": trainer.step})
+            self._result = self._compared()
+        return Receipt(points, self._result, self._pass)
+
+    # ------------------------------------------------------------ at the last step
+
+    @property
+    def _is_flow(self) -> bool:
+        spec = self._spec
+        num_train = len(spec.splits[Split.train])
+        return why_no_flow(spec.training, spec.regularization, num_train) is None
+
+    def _compared(self) -> TwinResult:
+        spec, module = self._spec, self._problem.module
+        start = {name: p.detach().clone() for name, p in selected_parameters(module).items()}
+        twin = {name: value.to(start[name]) for name, value in self._trainer.values().items()}
+        last = {n: v.to(start[n]) for n, v in read_tensors(spec.files.last)[0].items()}
+        bounded = self._is_flow  # norms cost as much as many steps
+        f0 = {split: self._logits(split) for split in Split}
+        a = {split: f0[split] + self._change(split, start, twin) for split in Split}
+        b = {split: f0[split] + self._change(split, start, last) for split in Split}
+        norms = [self._lipschitz()] if bounded else []
+        assign(module, last)
+        try:
+            f = {split: self._logits(split) for split in Split}
+            norms += [self._lipschitz()] if bounded else []
+            modules = adapted_modules(module)
+        finally:
+            assign(module, start)
+        return TwinResult(
+            splits={split: self._split(split, f0, f, a, b) for split in Split},
+            start=distance(start, {name: torch.zeros_like(v) for name, v in start.items()}),
+            deviation=distance(last, start),
+            twin_deviation=distance(twin, start),
+            apart=distance(last, twin),
+            modules=modules,
+            start_risk=summed_risk(f0[Split.train], self._labels(Split.train), spec.training.loss),
+            remainder=float(np.linalg.norm(f[Split.train] - b[Split.train])),
+            distance=float(np.linalg.norm(f[Split.train] - a[Split.train])),
+            lipschitz=(norms[0], norms[1]) if bounded else None,
+            seconds=self._trainer.seconds,
+            last_checksum=checksum(spec.files.last),
+            weights_checksum=checksum(spec.files.twin),
+            peak_memory_bytes=process.peak_bytes(spec.compute.device),
+        )
+
+    def _split(
+        self,
+        split: Split,
+        f0: Mapping[Split, _Logits],
+        f: Mapping[Split, _Logits],
+        a: Mapping[Split, _Logits],
+        b: Mapping[Split, _Logits],
+    ) -> TwinSplit:
+        labels, metric = self._labels(split), self._spec.metric
+        scores = [score(metric, labels, own[split]) for own in (f0, f, a, b)]
+        return TwinSplit(
+            num_examples=len(labels),
+            change=mean_distance(f[split], f0[split]),
+            a=closeness(f[split], a[split]),
+            b=closeness(f[split], b[split]),
+            start_score=scores[0],
+            score=scores[1],
+            score_a=scores[2],
+            score_b=scores[3],
+        )
+
+    def _passes(self, split: Split) -> list[dict[str, Tensor]]:
+        return [
+            self._batches.batch(own) for own in examples.split(self._spec.splits[split], self._pass)
+        ]
+
+    def _logits(self, split: Split) -> _Logits:
+        module, readout = self._problem.module.eval(), self._problem.readout
+        with torch.no_grad():
+            found = [checked_logits(module, readout, batch) for batch in self._passes(split)]
+        logits: _Logits = torch.cat(found).double().cpu().numpy()
+        return logits
+
+    def _change(
+        self, split: Split, start: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> _Logits:
+        """J_0(x) (θ − θ_0)."""
+        direction = {name: values[name] - own for name, own in start.items()}
+        module, readout = self._problem.module, self._problem.readout
+        _, change = tangents(module, readout, self._passes(split), direction)
+        found: _Logits = change.double().cpu().numpy()
+        return found
+
+    def _lipschitz(self) -> float:
+        module, readout = self._problem.module, self._problem.readout
+        return operator_norm(module, readout, self._passes(Split.train))
+
+    def _labels(self, split: Split) -> Int[np.ndarray, " n"]:
+        return np.array([self._spec.labels[i] for i in self._spec.splits[split]], dtype=np.int64)
+
+
+def summed_risk(
+    logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], loss: Loss
+) -> float:
+    """R of `analysis.bounds`: Σ ||f - y||², without ½, or the summed cross-entropy.
+
+    Args:
+        logits: f.
+        labels: y.
+        loss: which.
+
+    Returns:
+        The sum.
+    """
+    found = objective(torch.from_numpy(logits), torch.from_numpy(labels), loss, reduction="sum")
+    return float(found) * (2 if loss is Loss.squared else 1)
+
+
+def adapted_modules(module: nn.Module) -> tuple[AdaptedModule, ...]:
+    """||s B A||_F of every LoRA in a module, and the same over ||W_0||_F.
+
+    By the r × r products, ||BA||² = ⟨BᵀB, AAᵀ⟩: the matrix itself is not formed.
+
+    Args:
+        module: with the adapters at some values.
+
+    Returns:
+        One per adapted matrix, in order; none of a model without adapters.
+    """
+    found = []
+    for path, layer in module.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        low = layer.get_submodule(f"lora_A.{_ADAPTER}").get_parameter("weight").detach().double()
+        high = layer.get_submodule(f"lora_B.{_ADAPTER}").get_parameter("weight").detach().double()
+        square = float(((high.T @ high) * (low @ low.T)).sum())
+        scaling: dict[str, float] = layer.scaling
+        change = abs(scaling[_ADAPTER]) * math.sqrt(max(square, 0.0))
+        weight = layer.get_submodule("base_layer").get_parameter("weight").detach()
+        whole = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+        found.append(AdaptedModule(path, change, change / whole))
+    return tuple(found)
