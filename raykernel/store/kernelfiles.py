@@ -149,11 +149,39 @@ class KernelFiles:
             ValueError: if `rows` is no row block or the shape is another.
         """
         blocks = self.grid.row_blocks()
-        if rows not in blocks or logits.shape != (len(rows), self.num_outputs):
-            raise ValueError(f"logits of {rows}: found shape {logits.shape}, no row block's")
+        if rows not in blocks:
+            raise ValueError(f"logits of {rows}: found no row block's")
         i = blocks.index(rows)
-        table = blockfile.by_example(rows, "logits", logits)
-        return arrowfile.write(self.path / logits_name(i), table, self.header(i, rows))
+        return self.write_outputs(logits_name(i), i, "logits", logits)
+
+    def write_outputs(
+        self,
+        name: str,
+        i: int,
+        column: str,
+        values: Float[np.ndarray, "n c"],
+        facts: Mapping[str, Json] | None = None,
+    ) -> int:
+        """Commit a number of every output by example of one row block; kept in float64.
+
+        Args:
+            name: the file's.
+            i: the row block.
+            column: what the numbers are.
+            values: the numbers.
+            facts: what the file says of itself beside kernel and row block.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            ValueError: if the shape is not the row block's.
+        """
+        rows = self.grid.row_block(i)
+        if values.shape != (len(rows), self.num_outputs):
+            raise ValueError(f"{column} of {rows}: found shape {values.shape}, no row block's")
+        header = self.header(i, rows) | dict(facts or {})
+        return arrowfile.write(self.path / name, blockfile.by_example(rows, column, values), header)
 
     def write_head(self, weight: Float[np.ndarray, "c d"], bias: Float[np.ndarray, " c"]) -> int:
         """Commit the linear head that theta_0 was given; kept in float32.
@@ -264,14 +292,33 @@ class KernelFiles:
             BlockCorruptError: if the file is not this row block's.
             FileNotFoundError: if it is missing.
         """
+        return self.read_outputs(logits_name(i), i, "logits")[1]
+
+    def read_outputs(
+        self, name: str, i: int, column: str
+    ) -> tuple[dict[str, Any], Float[np.ndarray, "n c"]]:
+        """Checked numbers that `write_outputs` wrote.
+
+        Args:
+            name: the file's.
+            i: the row block.
+            column: what the numbers are.
+
+        Returns:
+            The header, and the numbers in float64, memory-mapped.
+
+        Raises:
+            BlockCorruptError: if the file is damaged, or another row block's.
+            FileNotFoundError: if it is missing.
+        """
         rows = self.grid.row_block(i)
-        _, table = self.read_own(logits_name(i), i, rows)
-        logits: np.ndarray = arrowfile.values(table["logits"])
-        if logits.shape != (len(rows), self.num_outputs):
-            raise BlockCorruptError(
-                arrowfile.damage(self.path / logits_name(i), f"shape {logits.shape}")
-            )
-        return logits
+        header, table = self.read_own(name, i, rows)
+        if column not in table.column_names:
+            raise BlockCorruptError(arrowfile.damage(self.path / name, f"no column `{column}`"))
+        values: np.ndarray = arrowfile.values(table[column])
+        if values.shape != (len(rows), self.num_outputs):
+            raise BlockCorruptError(arrowfile.damage(self.path / name, f"shape {values.shape}"))
+        return header, values
 
     # ------------------------------------------------------------ inside
 

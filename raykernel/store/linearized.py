@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError, KernelIncompleteError
-from raykernel.store import arrowfile, blockfile
+from raykernel.store import blockfile
 from raykernel.store.kernels import KernelHandle
 
 
@@ -43,12 +43,8 @@ def write_linearized(
     Raises:
         ValueError: if the shape is not the row block's.
     """
-    rows = handle.grid.row_block(i)
-    if change.shape != (len(rows), handle.num_outputs):
-        raise ValueError(f"linearised model at {rows}: found shape {change.shape}")
-    header = handle.header(i, rows) | {"provenance": blockfile.provenance(provenance or {})}
-    table = blockfile.by_example(rows, "change", change)
-    return arrowfile.write(handle.path / linearized_name(i), table, header)
+    facts: dict[str, Json] = {"provenance": blockfile.provenance(provenance or {})}
+    return handle.write_outputs(linearized_name(i), i, "change", change, facts)
 
 
 def read_linearized(handle: KernelHandle, i: int) -> Float[np.ndarray, "n c"]:
@@ -65,14 +61,7 @@ def read_linearized(handle: KernelHandle, i: int) -> Float[np.ndarray, "n c"]:
         BlockCorruptError: if the file is damaged, or another row block's.
         FileNotFoundError: if it is missing.
     """
-    name, rows = linearized_name(i), handle.grid.row_block(i)
-    _, table = handle.read_own(name, i, rows)
-    if "change" not in table.column_names:
-        raise BlockCorruptError(arrowfile.damage(handle.path / name, "no column `change`"))
-    change: np.ndarray = arrowfile.values(table["change"])
-    if change.shape != (len(rows), handle.num_outputs):
-        raise BlockCorruptError(arrowfile.damage(handle.path / name, f"shape {change.shape}"))
-    return change
+    return handle.read_outputs(linearized_name(i), i, "change")[1]
 
 
 def missing_linearized(handle: KernelHandle, rows: range) -> list[int]:

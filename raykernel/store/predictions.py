@@ -92,14 +92,9 @@ def write_prediction(
     Raises:
         ValueError: if the shape is not the row block's.
     """
-    rows = handle.grid.row_block(i)
-    if fitted.shape != (len(rows), handle.num_outputs):
-        raise ValueError(f"prediction of {rows}: found shape {fitted.shape}")
     of: Any = plain(solution)
-    header: dict[str, Json] = handle.header(i, rows) | of
-    header["provenance"] = blockfile.provenance(provenance or {})
-    table = blockfile.by_example(rows, "fitted", fitted)
-    return arrowfile.write(handle.path / solution.file_name(i), table, header)
+    facts: dict[str, Json] = of | {"provenance": blockfile.provenance(provenance or {})}
+    return handle.write_outputs(solution.file_name(i), i, "fitted", fitted, facts)
 
 
 def read_prediction(handle: KernelHandle, solution: Solution, i: int) -> Float[np.ndarray, "n c"]:
@@ -117,20 +112,13 @@ def read_prediction(handle: KernelHandle, solution: Solution, i: int) -> Float[n
         BlockCorruptError: if the file is damaged, or another solution's or row block's.
         FileNotFoundError: if it is missing.
     """
-    name, rows = solution.file_name(i), handle.grid.row_block(i)
-    header, table = handle.read_own(name, i, rows)
+    name = solution.file_name(i)
+    header, fitted = handle.read_outputs(name, i, "fitted")
     of = solution_of(handle.path / name, header)
-    try:
-        fitted = arrowfile.values(table["fitted"])
-    except LookupError as error:
-        raise BlockCorruptError(
-            arrowfile.damage(handle.path / name, f"no prediction: {error}")
-        ) from error
-    if of != solution or fitted.shape != (len(rows), handle.num_outputs):
-        reason = f"{of.key}, shape {fitted.shape}, is another solution's"
+    if of != solution:
+        reason = f"{of.key} is another solution's"
         raise BlockCorruptError(arrowfile.damage(handle.path / name, reason))
-    found: np.ndarray = fitted
-    return found
+    return fitted
 
 
 def read_predictions(
