@@ -13,19 +13,6 @@ from raykernel.cli import main
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.save_masked_lm(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A working folder of the user's own, with a review file."""
-    monkeypatch.chdir(tmp_path)
-    tiny.write_reviews(tmp_path / "reviews.tsv")
-    return tmp_path
-
-
 def arguments(folder: Path, **changes: str | None) -> list[str]:
     """Overrides of a small kernel of the user's own data; a value of None drops the key."""
     own = {"task.test_limit": "6", "kernel.block_size": "4"}

@@ -27,18 +27,6 @@ from raykernel.terms import Kind, PredictedBy
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_masked_lm(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    tiny.write_reviews(tmp_path / "reviews.tsv")
-    return tmp_path
-
-
 def arguments(model: Path, **changes: str) -> list[str]:
     """Overrides of a small kernel: 6 train, 6 dev and 7 test examples, cut into threes."""
     own = {"task.test_limit": "7", "kernel.block_size": "3"}

@@ -49,13 +49,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_masked_lm(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=1)
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    tiny.write_reviews(tmp_path / "reviews.tsv")
-    return tmp_path
-
-
 def arguments(model: Path, **changes: str | None) -> list[str]:
     """Overrides of a small twin: 6 train, 6 dev and 6 test examples, 8 steps."""
     own = {
