@@ -46,8 +46,7 @@ class LeaveOneOut:
 
     @property
     def accuracy(self) -> float:
-        """Share of examples whose largest prediction is where the largest target is; NaN of a
-        single output."""
+        """Share of examples with the largest prediction at the largest target; NaN of c = 1."""
         if self.targets.shape[1] == 1:
             return math.nan
         return float((self.predictions.argmax(axis=1) == self.targets.argmax(axis=1)).mean())
@@ -113,7 +112,7 @@ def leave_one_out(
 def _residuals(
     gram: Gram, missing: Float[np.ndarray, "n c"], sigma: float
 ) -> Float[np.ndarray, "n c"]:
-    """e of every example, from the eigenbasis V of K: K_σ⁻¹ = V (l + σ)⁻¹ Vᵀ."""
+    """Residuals e, from the eigenbasis V of K: K_σ⁻¹ = V (l + σ)⁻¹ Vᵀ."""
     n, c = missing.shape
     known = np.where(gram.kept, gram.eigenvalues, 0.0) + sigma
     smallest, largest = float(known.min()), gram.top + sigma
@@ -132,7 +131,7 @@ def _residuals(
 
 
 def _checked(
-    name: str, values: Float[np.ndarray, "..."], shape: tuple[int, int]
+    name: str, values: Float[np.ndarray, ...], shape: tuple[int, int]
 ) -> Float[np.ndarray, "n c"]:
     if values.shape != shape:
         raise InputError(
