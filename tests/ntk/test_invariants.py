@@ -186,7 +186,7 @@ def test_dora_has_what_lora_has_and_magnitudes(start):
 
 
 def test_a_larger_rank_has_what_a_smaller_one_has_and_the_rest_of_a(start):
-    """A sum over rows of A: K of r = 4 minus K of r = 2, at one s, is that of the other two rows."""
+    """A sum over rows of A: K of r = 4 minus K of r = 2, at one s, is that of two rows."""
     case, kernels, _ = start
     gap = kernels["lora 4"] - kernels["lora 2"]
     assert_positive_semidefinite(gap)
