@@ -44,6 +44,14 @@ class Screen:
         """Print one message to standard error."""
         self.err.print(text, markup=False)
 
+    def note(self, text: str) -> None:
+        """Say what a person should know, though nothing is wrong."""
+        self.say(f"Note: {text}")
+
+    def aside(self, text: str) -> None:
+        """The same of what is worth knowing where one run was asked for, but not of every one."""
+        self.note(text)
+
     @contextlib.contextmanager
     def stage(self, text: str) -> Iterator[None]:
         """Show that something of unknown length is under way."""
@@ -102,6 +110,23 @@ class Screen:
         for row in rows:
             table.add_row(*row)
         self.out.print(table)
+
+
+class SharedScreen(Screen):
+    """The screen of many runs: what one of them has noted is not repeated by the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted: set[str] = set()
+
+    def note(self, text: str) -> None:
+        """Say it if no run has said it before."""
+        if text not in self._noted:
+            self._noted.add(text)
+            super().note(text)
+
+    def aside(self, text: str) -> None:
+        """Nothing."""
 
 
 class RateColumn(ProgressColumn):

@@ -83,14 +83,14 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
     prepared = prepare(config, screen)
     store = Store(config.store.path)
     if note := why_new(prepared, store):
-        screen.say(f"Note: {note}")
+        screen.aside(note)
     handle = open_kernel(prepared)
     train = handle.grid.train
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
         completion = complete_rows(prepared, handle, train, executor=executor, screen=screen)
     for kind in config.kernel.kinds:
         if kind not in kinds:
-            screen.say(f"Note: {kind.value} is not symmetric and has no spectrum: left out.")
+            screen.note(f"{kind.value} is not symmetric and has no spectrum: left out.")
     by_kind = {kind: layer_spectra(handle, kind, config.solver.groups, screen) for kind in kinds}
     found = Spectra(prepared, completion, by_kind, handle.has_pinned("projection"))
     for rows in result_rows(found, overrides):

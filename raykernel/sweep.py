@@ -67,8 +67,9 @@ def load_study(name: str) -> Study:
     if name not in files and len(short) == 1:
         (name,) = short
     if name not in files:
+        known = {*files, *(stem.split("_")[0] for stem in files)}
         raise InputError(
-            f"Unknown study {name!r}: {nearest(name, files)} `raykernel sweep` lists all; your "
+            f"Unknown study {name!r}: {nearest(name, known)} `raykernel sweep` lists all; your "
             f"own lie in ./{USER_FOLDER}."
         )
     path, expected = files[name], "Expected Python with `study = raykernel.study.Study(...)`."
@@ -327,7 +328,7 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
     if rows and not plan.compare:
-        screen.say("Note: the setting is not the paper's, so that its numbers are not shown.")
+        screen.note("the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)
     screen.out.print(
         f"{study.name}: {len(found) - len(failed)} of {total} runs are complete"

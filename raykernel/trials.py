@@ -218,8 +218,8 @@ def train(spec: TrialSpec, executor: Executor, screen: Screen) -> Result:
             receipt = outcome.value()
             if receipt.pass_size < pass_size:
                 pass_size = receipt.pass_size
-                screen.say(
-                    f"Note: compute.memory_gb={spec.compute.memory_gb:g} has room for "
+                screen.note(
+                    f"compute.memory_gb={spec.compute.memory_gb:g} has room for "
                     f"{counted(pass_size, 'example')} in a pass, not compute.batch_size="
                     f"{spec.compute.batch_size}."
                 )
@@ -253,7 +253,7 @@ def _steps_done(files: TrialFiles, screen: Screen) -> int:
     except FileNotFoundError:
         return 0
     except BlockCorruptError as error:
-        screen.say(f"Note: {error} It is dropped: training begins anew.")
+        screen.note(f"{error} It is dropped: training begins anew.")
         files.checkpoint.unlink(missing_ok=True)
         return 0
     screen.say(f"Going on after step {done}.")

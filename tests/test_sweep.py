@@ -17,6 +17,7 @@ from raykernel.space import check, make_plan, values_of
 from raykernel.store.blocks import Store
 from raykernel.study import Row
 from raykernel.sweep import Point, in_order, load_study, question_of, study_files
+from raykernel.terms import Command
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,8 @@ TRAINING = {
 }
 OTHERS = {
     "table8_output_derivative": {"task.seed": "13"},
+    "drug_reviews": {key: TRAINING[key] for key in TRAINING if key != "training.learning_rate"}
+    | {"parameters.layers_to_transform": "null"},
     "table9_prompts": TRAINING | {"prompt": "manual,searched"},
 }
 
@@ -87,6 +90,9 @@ def test_a_study_of_the_package_runs_and_prints_its_table(place, name, capsys):
         assert line.label in printed.out
     assert "runs are complete. " in printed.out
     assert "not the paper's" in printed.err
+    notes = [line for line in printed.err.splitlines() if line.startswith("Note: ")]
+    assert len(notes) == len(set(notes))
+    assert "a new kernel" not in printed.err  # of every seed and prompt: no news
     assert "Traceback" not in printed.err
 
 
@@ -218,6 +224,7 @@ def test_help_says_what_would_run_and_runs_nothing(tmp_path, monkeypatch, capsys
     ("command", "helps"),
     [
         (["tabel2_kernels_and_finetunin"], "did you mean 'table2_kernels_and_finetuning'"),
+        (["tabel2"], "did you mean 'table2'"),
         (["../table2"], "Unknown study '../table2'"),
         (["table2", "training=adam"], "its method 'SGD-FT'"),
         (["table2", "task.max_length=16,32"], "found 2 values, expected one"),
@@ -260,6 +267,14 @@ def test_a_folder_of_ones_own_extends_the_package(tmp_path, monkeypatch, capsys)
     assert {path.name for path in own.iterdir()} == {f"{n}.py" for n in study_files()} - {
         f"{n}.py" for n in NAMES
     }
+
+
+def test_a_point_is_shown_by_what_tells_it_from_others():
+    own = ("training.learning_rate=1e-2",)
+    assert (
+        Point("SGD-FT", Command.finetune, (), ("task=cr",), own).text == f"SGD-FT: task=cr {own[0]}"
+    )
+    assert Point("χ", Command.kernel, (), (), ()).text == "χ"
 
 
 def test_an_override_is_read_in_hydras_sweep_grammar():
