@@ -64,6 +64,7 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
 
     Raises:
         InputError: if an override or a file is wrong.
+        BrokenPipeError: if nobody reads the help.
     """
     check_spelling(arguments)
     arguments = [quote_null_prompt(argument) for argument in arguments]

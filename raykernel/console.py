@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -96,19 +97,20 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print a table to standard output; plain where it is piped."""
-        table = Table(title=title or None, title_justify="left")
+        table = Table(title=escape(title) or None, title_justify="left")
         for number, column in enumerate(columns):
             numeric = rows and all(is_number(row[number]) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left")
+            # A long value goes on in the next line: cut short it could not be copied.
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # `[sgd]` is no markup
         self.out.print(table)
 
     def facts(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print names and values, one pair a line."""
-        table = Table(title=title or None, title_justify="left", show_header=False)
+        table = Table(title=escape(title) or None, title_justify="left", show_header=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.out.print(table)
 
 

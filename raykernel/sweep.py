@@ -25,7 +25,7 @@ from raykernel.published import sweeps_dir
 from raykernel.space import Plan, Point, check, make_plan, spelt
 from raykernel.store.blocks import Store
 from raykernel.study import Arm, Row, Study, best_on_dev
-from raykernel.terms import Command
+from raykernel.terms import Command, PromptStyle
 
 USER_FOLDER = Path("sweeps")
 """A user's own studies, below the working folder."""
@@ -301,9 +301,10 @@ def describe(plan: Plan, screen: Screen) -> None:
     """
     rows = [["every method", "", spelt(plan.space)]]
     for arm in plan.study.arms:
+        settings = " ".join(f"{key}={value}" for key, value in arm.settings.items())
         own = f"as selected for {arm.like}" if arm.like else spelt(plan.own[arm.name])
-        rows.append([arm.name, arm.command.value, own])
-    screen.table(["method", "command", "space"], rows, title=plan.study.question)
+        rows.append([arm.name, arm.command.value, f"{settings} {own}".strip()])
+    screen.table(["method", "command", "with"], rows, title=plan.study.question)
     fixed = " ".join(plan.fixed.values())
     screen.out.print(
         f"{counted(plan.count(), 'run')}" + (f", all with {fixed}" if fixed else ""), markup=False
@@ -327,6 +328,8 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     screen.out.print(f"\n{study.question}", markup=False)
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
+    if any(row["prompt"] == PromptStyle.none.value for row in rows):
+        screen.note("without a prompt, everything starts from a linear probe, not 0-shot.")
     if rows and not plan.compare:
         screen.note("the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)

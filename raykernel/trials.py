@@ -141,7 +141,9 @@ def complete_trial(
     if stored and training.keep_weights and not files.weights.exists():
         screen.say("The result is stored, its parameters are not: training again.")
         stored = False
-    if not stored:
+    if stored:
+        screen.say(f"Trial {trial} is stored: computing 0 steps.")
+    else:
         files = store.begin_trial(trial)
         result = train(trial_spec(prepared, training, files), executor, screen)
         curve = [{"trial": trial, **dataclasses.asdict(point)} for point in result.curve]
