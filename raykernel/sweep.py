@@ -329,7 +329,7 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
     if any(row["prompt"] == PromptStyle.none.value for row in rows):
-        screen.note("without a prompt, everything starts from a linear probe, not 0-shot.")
+        screen.note("runs without a prompt start from a linear probe, not from 0-shot.")
     if rows and not plan.compare:
         screen.note("the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)
