@@ -66,8 +66,8 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
     # A branch name of the hub becomes a commit here, so that all workers load the same weights.
     config = replace(config, model=prepare_model(config.model))
     if config.needs_both_sides and not config.kernel.test_block:
-        screen.say(
-            "Note: solver.c below 1 needs K(train, x) beside K(x, train): the kernel of test with "
+        screen.note(
+            "solver.c below 1 needs K(train, x) beside K(x, train): the kernel of test with "
             "train is stored, as with kernel.test_block=true."
         )
         config = replace(config, kernel=replace(config.kernel, test_block=True))
@@ -82,7 +82,7 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
         max_positions(config.model),
     )
     for note in (*data.notes, *encoded.notes):
-        screen.say(f"Note: {note}")
+        screen.note(note)
     grid = Grid(
         num_cols=len(data.splits[Split.train]),
         num_rows=len(data.examples),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_help_version_and_unknown_command(capsys):
     assert main(["kernle"]) == 2
     assert "'kernel'" in capsys.readouterr().err
     assert main([]) == 2
+
+
+def test_help_of_a_command_says_what_it_does_and_may_be_cut_short():
+    run = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m raykernel finetune --help | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.startswith("raykernel finetune: fine-tunes the same problem")
+    assert run.stderr == ""
 
 
 @pytest.mark.parametrize(
