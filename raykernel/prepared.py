@@ -10,7 +10,15 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from raykernel.compute.spec import WorkerSpec
-from raykernel.config import Json, PromptText, RunConfig, canonical_json, fingerprint, plain
+from raykernel.config import (
+    Json,
+    ParametersConfig,
+    PromptText,
+    RunConfig,
+    canonical_json,
+    fingerprint,
+    plain,
+)
 from raykernel.console import Screen
 from raykernel.problem.architectures import check_model
 from raykernel.problem.checkpoints import (
@@ -81,6 +89,16 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
         config.model.architecture,
         max_positions(config.model),
     )
+    if config.parameters != ParametersConfig():
+        # It takes PyTorch, which a run that names no parameters does without in this process.
+        from raykernel.problem.models import check_parameters
+
+        check_parameters(
+            config.model,
+            config.parameters,
+            label_ids=encoded.label_ids,
+            num_labels=len(data.labels),
+        )
     for note in (*data.notes, *encoded.notes):
         screen.note(note)
     grid = Grid(

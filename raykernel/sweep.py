@@ -349,7 +349,7 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
             screen.out.print(sheet.note, markup=False)
     if any(row.get("prompt") == PromptStyle.none.value for row in rows):
         screen.note("runs without a prompt start from a linear probe, not from 0-shot.")
-    if rows and not plan.compare:
+    if rows and not plan.compare and getattr(study.table, "paper", None) is not None:
         screen.note("the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)
     screen.out.print(

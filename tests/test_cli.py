@@ -165,6 +165,25 @@ def test_wrong_input_ends_with_code_2_and_says_what_to_do(
     fails(capsys, here, ["kernel", *arguments(model, **changes)], *helps)
 
 
+@pytest.mark.parametrize("prompt", ["manual", "none"])
+@pytest.mark.parametrize(
+    ("changes", "helps"),
+    [
+        ({"parameters": "lora", "parameters.target_modules": "[qeury]"}, ["'query'"]),
+        ({"parameters.layers_to_transform": "[2]"}, ["expected -2 to 1"]),
+        ({"parameters.include": "[nothing]"}, ["leaves no parameter", "layer.0"]),
+    ],
+)
+def test_parameters_that_fit_nothing_are_refused_before_anything_is_stored(
+    changes, helps, prompt, model, here, capsys
+):
+    if prompt == "none":
+        changes = changes | {"prompt": "none", "prompt.template": None, "prompt.words": None}
+    for command in ("kernel", "finetune"):
+        fails(capsys, here, [command, *arguments(model, **changes)], *helps)
+    assert not (here / "store").exists()
+
+
 def test_an_empty_file(model, here, capsys):
     (here / "reviews.tsv").write_text("")
     fails(capsys, here, ["kernel", *arguments(model)], "reviews.tsv")
