@@ -196,3 +196,36 @@ def test_a_larger_rank_has_what_a_smaller_one_has_and_the_rest_of_a(start):
     rest = lora(capture, {group: own[2:] for group, own in rows.items()}, scale=1.0)
     # The kernels above are of A in float32.
     assert oracles.relative_error(gap, sum(gram(rest, rest).values())) < 1e-6
+
+
+# ---------------------------------------------------------------- finite differences
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+def test_a_step_along_a_gradient_moves_the_outputs_by_a_column_of_the_kernel(name):
+    """d/dε f(θ + ε ∇(aᵀ f)) = K a, by the difference of two passes: no derivative is involved."""
+    case = double_case(name)
+    kernel = matrix(whole(empirical_kernel(case.model, case.readout, case.batch)["sgd"]))
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    logits = case.readout(case.model, case.batch)
+    a = cases.normal(*logits.shape, seed=11)
+    gradients = torch.autograd.grad((a * logits).sum(), parameters, materialize_grads=True)
+    step = 1e-5 / float(kernel.diagonal().max())
+
+    def at(distance):
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter += distance * gradient
+            found = case.readout(case.model, case.batch)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= distance * gradient
+        return found.flatten()
+
+    found = (at(step) - at(-step)) / (2 * step)
+    expected = kernel @ a.flatten()
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def whole(blocks):
+    """Σ over layer groups."""
+    return torch.stack(list(blocks.values())).sum(0)
