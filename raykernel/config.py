@@ -423,6 +423,9 @@ class TrainingConfig:
     """Keep the best parameters in the store, which comparisons with the kernel need."""
     twin: bool = False
     """Also train the linear model at the start in the same way, and compare; needs no dropout."""
+    twin_samples: int = 4
+    """Points around the start, as far from it as the run gets, where its Lipschitz constant is
+    measured for the bounds; each costs about as much as a hundred steps."""
 
     def __post_init__(self) -> None:
         key = "training."
@@ -431,6 +434,7 @@ class TrainingConfig:
         for name in ("steps", "eval_every", "intrinsic_dimension"):
             value = getattr(self, name)
             require(value is None or value >= 1, key + name, value, "at least 1, or null")
+        require(self.twin_samples >= 0, f"{key}twin_samples", self.twin_samples, "at least 0")
         norm = self.max_grad_norm
         require(norm is None or norm > 0, f"{key}max_grad_norm", norm, "more than 0, or null")
         require(self.weight_decay >= 0, f"{key}weight_decay", self.weight_decay, "at least 0")
@@ -480,7 +484,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Json]:
         """What decides the numbers, and not what is kept of them or compared with them."""
         settings = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        del settings["keep_weights"], settings["twin"]
+        del settings["keep_weights"], settings["twin"], settings["twin_samples"]
         return settings
 
 

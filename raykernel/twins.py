@@ -23,7 +23,7 @@ from raykernel.jobs import LateExecutor
 from raykernel.prepared import prepare
 from raykernel.store.blocks import Store
 from raykernel.terms import Split
-from raykernel.training.spec import TwinResult, TwinSplit
+from raykernel.training.spec import Steepness, TwinResult, TwinSplit
 from raykernel.trials import (
     TrialOutcome,
     check_pull,
@@ -91,7 +91,8 @@ def complete_twin(
         executor: where to train.
         screen: where progress is shown.
     """
-    from raykernel.training.bounds import run_bounds  # takes seconds, and a stored twin needs none
+    # Takes seconds, and a stored twin needs none.
+    from raykernel.training.bounds import run_bounds, steepest_change
 
     prepared = outcome.prepared
     config, store = prepared.config, Store(prepared.config.store.path)
@@ -101,7 +102,10 @@ def complete_twin(
     checkpoint = outcome.files.twin_checkpoint
     found = run_steps(spec.twin_steps, checkpoint, spec=spec, executor=executor, screen=screen)
     num_train = len(prepared.data.splits[Split.train])
-    lipschitz = None if found.lipschitz is None else max(found.lipschitz)
+    known = found.steepness is not None and found.deviation > 0
+    steepness = _steepness_columns(found.steepness) | {
+        "curvature": steepest_change(found) if known else None
+    }
     bounds: list[dict[str, Any]] = [
         {
             "trial": outcome.trial,
@@ -112,7 +116,7 @@ def complete_twin(
             "holds": bound.holds,
             "slack": bound.slack,
             "assumes": bound.assumes,
-            "lipschitz": lipschitz,
+            **steepness,
         }
         for bound in run_bounds(training, config.regularization, found, num_train=num_train)
     ]
@@ -122,6 +126,19 @@ def complete_twin(
         shared | {"split": split.value} | _split_columns(own) for split, own in found.splits.items()
     ]
     store.write_results("twins", rows)
+
+
+def _steepness_columns(seen: Steepness | None) -> dict[str, Any]:
+    """What a row of the table `bounds` says of the constants in them; nulls where none ask."""
+    if seen is None:
+        return {}
+    return {
+        "lipschitz": seen.largest,
+        "lipschitz_start": seen.start,
+        "lipschitz_end": seen.end,
+        "lipschitz_mean": _mean(list(seen.sampled)),
+        "lipschitz_samples": len(seen.sampled),
+    }
 
 
 _OF_TRIAL = (

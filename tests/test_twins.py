@@ -212,7 +212,15 @@ def test_every_bound_holds_of_small_full_batch_steps(pulled, model, here):
     )
     top = float(torch.linalg.eigvalsh(kernel.double().reshape(12, 12))[-1]) ** 0.5
     lipschitz = known[0]["lipschitz"]
-    assert top * (1 - 2e-3) <= lipschitz <= 1.5 * top  # the larger one of both ends
+    assert top * (1 - 2e-3) <= lipschitz <= 1.5 * top  # the largest that was seen
+    assert known[0]["lipschitz_start"] == pytest.approx(top, rel=2e-3)
+    assert known[0]["lipschitz_end"] <= lipschitz
+    assert known[0]["lipschitz_mean"] <= lipschitz
+    assert known[0]["lipschitz_samples"] == 4
+    deviation = outcome.rows[0]["deviation"]
+    # Of the ends' norms alone: ‖J_T‖ - ‖J_0‖ is no more than ‖J_T - J_0‖.
+    apart = abs(known[0]["lipschitz_end"] - known[0]["lipschitz_start"])
+    assert known[0]["curvature"] * deviation >= apart * (1 - 5e-3)
     (printed,) = [r for r in known if (r["quantity"], r["name"]) == ("deviation", "printed")]
     labels = np.eye(2)[again.labels[list(again.splits[Split.train])]]
     time, lam = 8 * 0.02 / 12, 1.0 if pulled else 0.0  # Σ η / 2n, and 2n λ/n

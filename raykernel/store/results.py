@@ -301,7 +301,13 @@ TABLES = {
                 ("holds", pa.bool_()),
                 ("slack", pa.float64()),  # larger over smaller
                 ("assumes", pa.string()),  # or what of that is not met
-                ("lipschitz", pa.float64()),  # ‖J‖ of train at θ_0, or at the end if that is more
+                ("lipschitz", pa.float64()),  # largest ‖J‖ of train that was seen, of any below
+                ("lipschitz_start", pa.float64()),  # at θ_0
+                ("lipschitz_end", pa.float64()),  # at θ
+                ("lipschitz_mean", pa.float64()),  # at random points as far away; null: none
+                ("lipschitz_samples", pa.int64()),  # such points
+                ("curvature", pa.float64()),  # of F, seen from θ_0 to θ: ‖J − J_0‖ / ‖θ − θ_0‖, or
+                # what the remainder implies if that is more
             ]
         ),
         key=("trial",),

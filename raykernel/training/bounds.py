@@ -99,7 +99,7 @@ def run_bounds(
     pull, time = flow_units(training, regularization, num_train)
     at = {"pull": pull, "time": time}
     reason = why_no_flow(training, regularization, num_train)
-    if reason is not None or found.lipschitz is None:
+    if reason is not None or found.steepness is None:
         why = f"It is {reason}."
         energy = _energy(training, regularization, found, pull)
         return [
@@ -108,7 +108,7 @@ def run_bounds(
             _none("deviation", "path", found.deviation, why),
             *(_none("distance", name, found.distance, why) for name in _DISTANCE),
         ]
-    steepest = max(found.lipschitz)
+    steepest = found.steepness.largest
     if squared:
         deviation = deviation_bounds(
             residual=math.sqrt(found.start_risk),
@@ -140,7 +140,7 @@ def run_bounds(
     distance = distance_bounds(
         residual=math.sqrt(found.start_risk),
         lipschitz=steepest,
-        curvature=curvature(found.remainder, found.deviation),
+        curvature=steepest_change(found),
         radius=deviation.tightest.value,
         measured=found.distance,
         **at,
@@ -149,6 +149,22 @@ def run_bounds(
 
 
 _DISTANCE = ("printed", "sharper", "trivial")
+
+
+def steepest_change(found: TwinResult) -> float:
+    """L2, as far as it was seen: of J from θ_0 to θ_T, and what the remainder there implies.
+
+        max( ||J_T - J_0||_op / u,  2 ||F(θ_T) - F̄(θ_T)|| / u² ),    u = ||θ_T - θ_0||
+
+    Args:
+        found: a run that moved, with `steepness`.
+
+    Returns:
+        The larger of the two, which the constant in the ball is at least.
+    """
+    assert found.steepness is not None
+    implied = curvature(found.remainder, found.deviation)
+    return max(implied, found.steepness.change / found.deviation)
 
 
 def flow_units(

@@ -134,6 +134,25 @@ class AdaptedModule:
 
 
 @dataclass(frozen=True, slots=True)
+class Steepness:
+    """What was measured of ||J||_op between θ_0 and θ_T; the largest in the ball is no less."""
+
+    start: float
+    """At θ_0."""
+    end: float
+    """At θ_T."""
+    sampled: tuple[float, ...]
+    """At random points as far from θ_0 as θ_T."""
+    change: float
+    """||J(θ_T) - J(θ_0)||_op."""
+
+    @property
+    def largest(self) -> float:
+        """L1: the largest that was seen."""
+        return max(self.start, self.end, *self.sampled)
+
+
+@dataclass(frozen=True, slots=True)
 class TwinResult:
     """What a run and its linear twin found, at the last step T of both."""
 
@@ -154,8 +173,8 @@ class TwinResult:
     """||F(θ_T) - F̄(θ_T)|| over train, stacked."""
     distance: float
     """||F(θ_T) - F̄(θ̄_T)|| over train, stacked."""
-    lipschitz: tuple[float, float] | None
-    """||J||_op of train's stacked outputs at θ_0 and at θ_T; None: no bound asks for it."""
+    steepness: Steepness | None
+    """Of train's stacked outputs; None: no bound asks for it."""
     seconds: float
     last_checksum: str
     """Of the file with θ_T."""

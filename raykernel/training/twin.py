@@ -25,7 +25,7 @@ from raykernel.compute.loading import settle
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import assign
 from raykernel.errors import RunError
-from raykernel.ntk.operator_norm import operator_norm
+from raykernel.ntk.operator_norm import norm_of_change, norms_on_sphere, operator_norm
 from raykernel.ntk.passes import checked_logits, selected_parameters
 from raykernel.ntk.product import tangents
 from raykernel.store.trials import checksum
@@ -34,7 +34,14 @@ from raykernel.training.bounds import why_no_flow
 from raykernel.training.finetune import Trainer, distance, objective
 from raykernel.training.linearized import Linearized, read_linearized_logits
 from raykernel.training.room import pass_size
-from raykernel.training.spec import AdaptedModule, Receipt, TrialSpec, TwinResult, TwinSplit
+from raykernel.training.spec import (
+    AdaptedModule,
+    Receipt,
+    Steepness,
+    TrialSpec,
+    TwinResult,
+    TwinSplit,
+)
 from raykernel.training.trial import advance, load_start, split_examples
 
 _ADAPTER = "default"
@@ -114,25 +121,25 @@ class Twin:
         f0 = {split: self._logits(split) for split in Split}
         a = {split: f0[split] + self._change(split, start, twin) for split in Split}
         b = {split: f0[split] + self._change(split, start, last) for split in Split}
-        norms = [self._lipschitz()] if bounded else []
+        moved = distance(last, start)
+        steepness = self._steepness(last, moved) if bounded else None
         assign(module, last)
         try:
             f = {split: self._logits(split) for split in Split}
-            norms += [self._lipschitz()] if bounded else []
             modules = adapted_modules(module)
         finally:
             assign(module, start)
         return TwinResult(
             splits={split: self._split(split, f0, f, a, b) for split in Split},
             start=distance(start, {name: torch.zeros_like(v) for name, v in start.items()}),
-            deviation=distance(last, start),
+            deviation=moved,
             twin_deviation=distance(twin, start),
             apart=distance(last, twin),
             modules=modules,
             start_risk=summed_risk(f0[Split.train], self._labels(Split.train), spec.training.loss),
             remainder=float(np.linalg.norm(f[Split.train] - b[Split.train])),
             distance=float(np.linalg.norm(f[Split.train] - a[Split.train])),
-            lipschitz=(norms[0], norms[1]) if bounded else None,
+            steepness=steepness,
             seconds=self._trainer.seconds,
             last_checksum=checksum(spec.files.last),
             weights_checksum=checksum(spec.files.twin),
@@ -182,9 +189,19 @@ class Twin:
         found: _Logits = change.double().cpu().numpy()
         return found
 
-    def _lipschitz(self) -> float:
-        module, readout = self._problem.module, self._problem.readout
-        return operator_norm(module, readout, self._passes(Split.train))
+    def _steepness(self, last: Mapping[str, Tensor], moved: float) -> Steepness:
+        module, readout = self._problem.module.eval(), self._problem.readout
+        of = module, readout, self._passes(Split.train)
+        samples = self._spec.training.twin_samples
+        at_start = operator_norm(*of)
+        sampled = norms_on_sphere(*of, radius=moved, samples=samples)
+        change = norm_of_change(*of, last)
+        before = assign(module, last)
+        try:
+            at_end = operator_norm(*of)
+        finally:
+            assign(module, before)
+        return Steepness(at_start, at_end, tuple(sampled), change)
 
     def _labels(self, split: Split) -> Int[np.ndarray, " n"]:
         return np.array([self._spec.labels[i] for i in self._spec.splits[split]], dtype=np.int64)
