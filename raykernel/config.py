@@ -194,7 +194,9 @@ class ParametersConfig:
     """Which parameters vary, that is, which enter the kernel."""
 
     method: Method = Method.full
-    """full: the model's own parameters; lora: a fresh LoRA adapter's."""
+    """full: the model's own parameters; lora: a fresh LoRA adapter's; peft: any other's."""
+    adapter: str | None = None
+    """method=peft: an adapter_config.json, its folder, or its content as JSON."""
     include: list[str] = field(default_factory=list)
     """Regular expressions searched in parameter names; empty: all."""
     exclude: list[str] = field(default_factory=list)
@@ -214,6 +216,20 @@ class ParametersConfig:
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "parameters.r", self.r, "a rank of at least 1")
+        require(
+            (self.adapter is not None) == (self.method is Method.peft),
+            "parameters.adapter",
+            self.adapter,
+            "a configuration of PEFT with parameters=peft, and null otherwise",
+        )
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What decides which parameters vary."""
+        settings = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if self.adapter is None:
+            del settings["adapter"]
+        return settings
 
 
 @dataclass(frozen=True)

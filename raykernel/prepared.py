@@ -17,9 +17,9 @@ from raykernel.config import (
     RunConfig,
     canonical_json,
     fingerprint,
-    plain,
 )
 from raykernel.console import Screen
+from raykernel.problem.adapter_config import with_adapter
 from raykernel.problem.architectures import check_model
 from raykernel.problem.checkpoints import (
     load_tokenizer,
@@ -89,6 +89,8 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
         config.model.architecture,
         max_positions(config.model),
     )
+    # The content of a file of PEFT's: that decides, and other machines may not see the file.
+    config = replace(config, parameters=with_adapter(config.parameters))
     if config.parameters != ParametersConfig():
         # It takes PyTorch, which a run that names no parameters does without in this process.
         from raykernel.problem.models import check_parameters
@@ -163,7 +165,7 @@ def identity_of(config: RunConfig, data: Data, prompt: Prompt, encoded: Encoded)
             "tokens": hashlib.sha256(canonical_json(tokens).encode()).hexdigest()[:16],
         },
         "model": model_identity(config.model),
-        "parameters": plain(config.parameters),
+        "parameters": config.parameters.identity,
         "kernel": config.kernel.identity,
     }
 

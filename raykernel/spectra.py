@@ -365,7 +365,7 @@ def result_rows(found: Spectra, overrides: tuple[str, ...]) -> Iterator[list[dic
             "seed": config.task.seed,
             "num_outputs": len(prepared.data.labels),
             "num_train": len(prepared.grid.train),
-            "parameters": canonical_json(config.parameters),
+            "parameters": canonical_json(config.parameters.identity),
             "ridge": config.spectrum.ridge,
             "overrides": list(overrides),
         }

@@ -128,6 +128,13 @@ class Method(Enum):
 
     full = "full"
     lora = "lora"
+    peft = "peft"
+    """Those that any configuration of PEFT adds."""
+
+    @property
+    def adds_adapter(self) -> bool:
+        """Whether the model gets parameters of its own beside the pre-trained ones."""
+        return self is not Method.full
 
 
 class Precision(Enum):

@@ -335,7 +335,7 @@ def _row(
         "weights_checksum": result.weights_checksum,
         "overrides": list(overrides),
         "versions": canonical_json(versions()),
-        "parameters": canonical_json(config.parameters),
+        "parameters": canonical_json(config.parameters.identity),
         "training": canonical_json(training.identity),
     }
 

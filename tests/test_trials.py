@@ -138,11 +138,15 @@ def test_stored_parameters_in_a_module_score_what_the_table_says(parameters, pro
 
 
 @pytest.mark.parametrize("prompt", [{}, NO_PROMPT])
-def test_peft_loads_the_adapter(prompt, model, here):
+@pytest.mark.parametrize("method", ["lora", "peft"])
+def test_peft_loads_the_adapter(method, prompt, model, here):
     """The plain model with PEFT's adapter has the hidden states of the trained module."""
-    from peft import PeftModel
+    from peft import IA3Config, PeftModel
 
-    outcome = run(model, parameters="lora", **{"parameters.include": None}, **prompt)
+    adapter = {} if method == "lora" else {"parameters.adapter": "ia3"}
+    targets = {"target_modules": ["key", "value"], "feedforward_modules": []}
+    IA3Config(**targets).save_pretrained(here / "ia3")
+    outcome = run(model, parameters=method, **adapter, **prompt)
     spec = trial_spec(outcome.prepared, outcome.prepared.config.training, outcome.files)
     problem = load_start(spec)
     load_parameters(outcome.files, problem.module)

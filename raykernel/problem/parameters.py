@@ -7,9 +7,12 @@ layers, and module names or their last parts.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from raykernel.config import ParametersConfig
 from raykernel.errors import InputError, nearest
 from raykernel.names import compiled, ends_in, last_parts
+from raykernel.problem.hub import first_line
 from raykernel.problem.readout import LabelRows
 from raykernel.terms import Method
 
@@ -45,6 +49,9 @@ def select_parameters(module: nn.Module, parameters: ParametersConfig) -> None:
         add_lora(module, parameters)
         include = include or ["lora_"]
         within = None
+    elif parameters.method is Method.peft:
+        added = add_adapter(module, parameters)
+        within = None if include else added
     else:
         within = _within(module, parameters)
     chosen, known = [], []
@@ -126,6 +133,42 @@ def add_lora(module: nn.Module, parameters: ParametersConfig) -> None:
         for path in places:
             torch.manual_seed(_seed_of(path, parameters.seed))
             _draw(module.get_submodule(path))
+
+
+def add_adapter(module: nn.Module, parameters: ParametersConfig) -> set[str]:
+    """Add what a configuration of PEFT says, random where PEFT draws, from the given seed.
+
+    Args:
+        module: the model, changed in place.
+        parameters: with the content of the configuration, and the seed.
+
+    Returns:
+        Names of the parameters that were added.
+
+    Raises:
+        InputError: if the configuration is wrong, or PEFT adds nothing of its kind to a module.
+    """
+    from peft import PeftConfig, inject_adapter_in_model
+
+    assert parameters.adapter is not None, "checked by the configuration"
+    before = {id(parameter) for parameter in module.parameters()}
+    try:
+        make: Callable[..., Any] = PeftConfig.from_peft_type
+        with warnings.catch_warnings():
+            # A setting that PEFT does not know, a misspelt one for example, is no reason to it.
+            warnings.filterwarnings("error", "Unexpected keyword arguments", UserWarning)
+            config = make(**json.loads(parameters.adapter))
+        # On the CPU and in PEFT's order: a function of configuration, model and seed.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(parameters.seed)
+            inject_adapter_in_model(config, module)
+    except (ValueError, TypeError, KeyError, NotImplementedError, UserWarning) as error:
+        raise InputError(
+            f"parameters.adapter: PEFT refuses it ({first_line(error)}); expected the "
+            "configuration of an adapter inside the model's layers, which are named like "
+            f"{_examples(linear_layers(module))}. Change it."
+        ) from error
+    return {name for name, p in module.named_parameters() if id(p) not in before}
 
 
 def layer_index(name: str) -> int | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -15,7 +18,11 @@ from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.problem.readout import Probed
 from raykernel.store.commit import commit, make_folder
 
-_OWN = re.compile(r"\.(lora_\w+)\.default(?=\.|$)")
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_OWN = re.compile(r"\.(\w+)\.default(?=\.|$)")
+"""An adapter's parameters: PEFT keeps them under the adapter's name."""
 
 
 def write_adapter(
@@ -38,24 +45,11 @@ def write_adapter(
         model: what the base is called.
         parameters: rank and scale.
     """
-    from peft import LoraConfig  # takes a second
-
     # A linear head is put around the encoder, which is the model that PEFT will be given.
     prefix = "model." if isinstance(module, Probed) else ""
-    places = [path for path, layer in module.named_modules() if hasattr(layer, "lora_A")]
-    layers = [module.get_submodule(path).get_submodule("base_layer") for path in places]
-    config = LoraConfig(
-        base_model_name_or_path=model.name,
-        revision=model.revision,
-        r=parameters.r,
-        lora_alpha=parameters.lora_alpha,  # type: ignore[arg-type]  # only ever divided
-        use_rslora=parameters.use_rslora,
-        target_modules=[path.removeprefix(prefix) for path in places],
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-    )
+    config = _config(module, parameters, prefix)
+    config.base_model_name_or_path, config.revision = model.name, model.revision
+    config.inference_mode = True
     tensors = {
         "base_model.model." + _OWN.sub(r".\1", name.removeprefix(prefix)): _saved(value)
         for name, value in values.items()
@@ -66,6 +60,26 @@ def write_adapter(
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
         commit(folder / "adapter_config.json", (Path(scratch) / "adapter_config.json").read_bytes())
+
+
+def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> PeftConfig:
+    """What PEFT needs to add the same to the plain model."""
+    from peft import LoraConfig, PeftConfig  # takes a second
+
+    if parameters.adapter is not None:
+        make: Callable[..., PeftConfig] = PeftConfig.from_peft_type
+        return make(**json.loads(parameters.adapter))
+    places = [path for path, layer in module.named_modules() if hasattr(layer, "lora_A")]
+    layers = [module.get_submodule(path).get_submodule("base_layer") for path in places]
+    return LoraConfig(
+        r=parameters.r,
+        lora_alpha=parameters.lora_alpha,  # type: ignore[arg-type]  # only ever divided
+        use_rslora=parameters.use_rslora,
+        target_modules=[path.removeprefix(prefix) for path in places],
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
+        lora_dropout=0.0,
+        bias="none",
+    )
 
 
 def _saved(value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import fit_head
 from raykernel.store.trials import checksum
-from raykernel.terms import Method, Precision, Split
+from raykernel.terms import Precision, Split
 from raykernel.training.adapter import write_adapter
 from raykernel.training.finetune import Examples, FineTuned, Trainer
 from raykernel.training.room import pass_size
@@ -80,7 +80,7 @@ class Trial:
         if spec.training.keep_weights:
             write_tensors(files.weights, found.parameters, {"step": found.best.step})
             weights = checksum(files.weights)
-            if spec.parameters.method is Method.lora:
+            if spec.parameters.method.adds_adapter:
                 write_adapter(
                     files.adapter,
                     self._problem.module,
