@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.comparison import comparison, regression_table
 from benchmarks.scaling import memory_table, time_table
 from benchmarks.sharing import kinds_table, lora_table
-from benchmarks.tables import RESULTS, Table, circumstances, write_results
+from benchmarks.tables import PLAIN_RESULTS, RESULTS, Table, circumstances, write_results
 from benchmarks.timing import Say, settle
 from benchmarks.workers import worker_table
 from benchmarks.workloads import WORKLOADS
@@ -49,12 +49,15 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="calls of each that count")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument(
+        "--plain-heap", action="store_true", help="do not keep freed pages, as plain processes do"
+    )
     options = parser.parse_args()
     if unknown := [name for name in options.only if name not in SECTIONS]:
         parser.error(f"--only: found {', '.join(unknown)}, expected {', '.join(SECTIONS)}")
     if options.rounds < 1:
         parser.error(f"--rounds: found {options.rounds}, expected at least 1")
-    settle()
+    settle(keep_heap=not options.plain_heap)
     screen, aside = Console(), Console(stderr=True, highlight=False)
     if not screen.is_terminal:
         screen.width = 140
@@ -67,7 +70,7 @@ def main() -> int:
     for fact in circumstances(command):
         screen.print(fact, markup=False, highlight=False)
     if options.write:
-        write_results(tables, command)
+        write_results(tables, command, PLAIN_RESULTS if options.plain_heap else RESULTS)
     return 0
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks.contenders import distribution_version
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+PLAIN_RESULTS = Path(__file__).with_name("RESULTS-plain-heap.md")
 DISTRIBUTIONS = ("raykernel", "torch", "transformers", "ray", "dattri-llm", "opacus")
 
 
@@ -85,9 +86,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_results(tables: Sequence[Table], command: str) -> None:
-    """Replace RESULTS.md."""
+def write_results(tables: Sequence[Table], command: str, path: Path) -> None:
+    """Replace a file of results."""
     intro = "What the columns mean and how to measure again: README.md in this folder."
     facts = "\n".join(f"- {fact}" for fact in circumstances(command))
     body = "\n".join(table.markdown() for table in tables)
-    RESULTS.write_text(f"# Results\n\n{intro}\n\n{facts}\n\n{body}", encoding="utf-8")
+    path.write_text(f"# Results\n\n{intro}\n\n{facts}\n\n{body}", encoding="utf-8")

@@ -67,12 +67,17 @@ class Timing:
         return statistics.median(own / theirs for own, theirs in pairs)
 
 
-def settle() -> None:
-    """One thread for all, and a heap as raykernel's workers have it: it keeps freed pages.
+def settle(*, keep_heap: bool = True) -> None:
+    """One thread for all, and a heap that keeps freed pages, as raykernel's workers have it.
 
-    Otherwise the system's clearing of fresh pages, up to a fifth of a call, would be measured, too.
+    In a plain process each call waits for the system to clear the pages that the last one gave
+    back, which is most of the time of contenders that make large tensors.
+
+    Args:
+        keep_heap: false: a plain process.
     """
-    process.keep_heap_ready(ComputeConfig())
+    if keep_heap:
+        process.keep_heap_ready(ComputeConfig())
     torch.set_num_threads(1)
     with suppress(RuntimeError):  # fixed at the first parallel work; it is one then, too
         torch.set_num_interop_threads(1)
