@@ -4,7 +4,9 @@
 
 Only blocks of train are wanted, and a set of layers is a sum of them. Every spectrum is of what
 softmax sees of the outputs, and two readings each of the centred kernel and of all outputs stand
-beside it (analysis/spectrum.py). changes.py says what a layer more or less does to a set.
+beside it (analysis/spectrum.py). Beside these, which know no labels, stands how ridge regression
+with the same kernel and ridge predicts train examples from the others (analysis/leave_one_out.py).
+changes.py says what a layer more or less does to a set.
 """
 
 from __future__ import annotations
@@ -16,23 +18,25 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from raykernel.analysis.duplicates import duplicates
 from raykernel.analysis.gram import DEAD
+from raykernel.analysis.leave_one_out import LeaveOneOut, leave_one_out
 from raykernel.analysis.outputs import Outputs
 from raykernel.analysis.spectrum import Spectrum, spectrum
+from raykernel.analysis.targets import one_hot
 from raykernel.changes import Change, change_columns, changes
 from raykernel.config import RunConfig, SpectrumConfig, canonical_json, require
 from raykernel.console import Screen
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
 from raykernel.jobs import LateExecutor
 from raykernel.pipeline import Completion, complete_rows, open_kernel, why_new
-from raykernel.prepared import Prepared, prepare
+from raykernel.prepared import Prepared, example_labels, prepare
 from raykernel.store.blocks import Store
 from raykernel.store.groups import layer_of, module_of, parts, select_groups
 from raykernel.store.kernels import KernelHandle
-from raykernel.terms import Kind
+from raykernel.terms import Kind, PromptStyle
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,10 @@ class LayerSpectrum:
     """Of all outputs."""
     centred: Spectrum | None
     """As `seen`, without the mean over examples; None of a single example."""
+    left_out: LeaveOneOut | None
+    """Every train example predicted from the others, with the kernel and the ridge of `seen`. None
+    with a linear probe, whose f_0 and kernel have seen all labels; of a kernel that is but noise;
+    and of one with noise and no ridge."""
     duplicates: tuple[tuple[str, str], ...]
     """Ids of train examples with the same gradients, of sums; each makes κ infinite."""
 
@@ -111,10 +119,18 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
             screen.say(f"Note: {kind.value} is not symmetric and has no spectrum: left out.")
     if config.solver.groups:
         screen.say("Note: solver.groups is of kernel regression; sets here are spectrum.sets.")
+    labels = None
+    if config.prompt.style is PromptStyle.none:
+        screen.say("Note: no leave-one-out accuracy: the linear probe was fitted to all of train.")
+    else:
+        labels = example_labels(prepared.data)[: len(train)]
     found = Spectra(
         prepared,
         completion,
-        {kind: layer_spectra(handle, kind, config.spectrum, screen) for kind in kinds},
+        {
+            kind: layer_spectra(handle, kind, config.spectrum, screen, labels=labels)
+            for kind in kinds
+        },
         {kind: layer_changes(handle, kind, config.spectrum, screen) for kind in kinds},
         handle.has_pinned("projection"),
     )
@@ -124,7 +140,12 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
 
 
 def layer_spectra(
-    handle: KernelHandle, kind: Kind, settings: SpectrumConfig, screen: Screen
+    handle: KernelHandle,
+    kind: Kind,
+    settings: SpectrumConfig,
+    screen: Screen,
+    *,
+    labels: Int[np.ndarray, " n"] | None,
 ) -> list[LayerSpectrum]:
     """Spectra of all layers, of choices of them, and of every layer group.
 
@@ -133,13 +154,17 @@ def layer_spectra(
         kind: a symmetric kind.
         settings: the choices and the ridge.
         screen: where progress is shown.
+        labels: of train, for leave-one-out errors; None: no such errors.
 
     Returns:
         In this order.
     """
     names, train = handle.groups(kind.value), handle.grid.train
     plain = [name for name in names if parts(name) is None]
-    read = partial(measure, resolution=resolution_of(handle), ridge=settings.ridge)
+    resolution = resolution_of(handle)
+    read = partial(measure, resolution=resolution, ridge=settings.ridge)
+    targets = None if labels is None else one_hot(labels, handle.num_outputs)
+    leave = partial(_leave, targets=targets, f0=handle.logits(train), resolution=resolution)
     whole = handle.kernel(kind=kind.value, rows=train)
     every = read(whole)
     counts = handle.read_pinned("features") if handle.has_pinned("features") else {}
@@ -150,14 +175,17 @@ def layer_spectra(
                 three = measure_one(kernel, read, DEAD * every[0].top)
                 if not kernel.any():  # no gradient at all: that of LoRA's A, where B is 0
                     counts = counts | {name: 0}
-                alone[name] = _layers([name], counts, three, every, layer_group=name)
+                left = leave(kernel, three[0])
+                alone[name] = _layers([name], counts, three, every, left, layer_group=name)
                 advance(1)
-    sums = [_layers(plain, counts, every, every, same=_same(handle, whole, settings))]
+    left, same = leave(whole, every[0]), _same(handle, whole, settings)
+    sums = [_layers(plain, counts, every, every, left, same=same)]
     for patterns in settings.sets:
         chosen = [name for name in select_groups(names, groups=patterns) if name in plain]
         kernel = handle.kernel(patterns, kind=kind.value, rows=train)
-        same = _same(handle, kernel, settings)
-        sums.append(_layers(chosen, counts, read(kernel), every, patterns=patterns, same=same))
+        three, same = read(kernel), _same(handle, kernel, settings)
+        left = leave(kernel, three[0])
+        sums.append(_layers(chosen, counts, three, every, left, patterns=patterns, same=same))
     return [*sums, *alone.values()]
 
 
@@ -193,6 +221,29 @@ def _same(
     rounding = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
     pairs = duplicates(kernel, tolerance=settings.duplicate, rounding=rounding)
     return tuple((ids[pair.first], ids[pair.second]) for pair in pairs)
+
+
+def _leave(
+    kernel: Float[np.ndarray, "n c n c"],
+    seen: Spectrum,
+    *,
+    targets: Float[np.ndarray, "n c"] | None,
+    f0: Float[np.ndarray, "n c"],
+    resolution: float,
+) -> LeaveOneOut | None:
+    """Leave-one-out errors of the outputs and the ridge of a spectrum; labels and f_0 as those."""
+    is_noise = seen.num_unresolved == seen.size
+    if targets is None or is_noise or (seen.num_unresolved and seen.sigma == 0):
+        return None
+    return leave_one_out(
+        kernel,
+        targets,
+        sigma=seen.sigma,
+        f0=f0,
+        outputs=seen.outputs,
+        resolution=resolution,
+        floor=seen.floor,
+    )
 
 
 def resolution_of(handle: KernelHandle) -> float:
@@ -263,6 +314,7 @@ def _layers(
     counts: Mapping[str, int],
     three: Readings,
     every: Readings,
+    left_out: LeaveOneOut | None,
     *,
     layer_group: str | None = None,
     patterns: Sequence[str] = (),
@@ -282,6 +334,7 @@ def _layers(
         seen=seen,
         full=full,
         centred=centred,
+        left_out=left_out,
         duplicates=same,
     )
 
@@ -328,7 +381,7 @@ def result_rows(found: Spectra, overrides: tuple[str, ...]) -> Iterator[list[dic
 
 def _row(layers: LayerSpectrum, kind: Kind) -> dict[str, object]:
     """The columns of one set of layers."""
-    full, centred = layers.full, layers.centred
+    full, centred, left = layers.full, layers.centred, layers.left_out
     name = layers.layer_group
     singular = {
         key: math.inf
@@ -345,6 +398,8 @@ def _row(layers: LayerSpectrum, kind: Kind) -> dict[str, object]:
         "full_regularised": full.regularised,
         "centred_condition_number": math.nan if centred is None else centred.raw,
         "centred_regularised": math.nan if centred is None else centred.regularised,
+        "loo_accuracy": math.nan if left is None else left.accuracy,
+        "loo_error": math.nan if left is None else left.error,
         "lipschitz": math.sqrt(full.top) if kind is Kind.sgd else math.nan,
     }
     return {

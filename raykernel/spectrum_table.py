@@ -1,4 +1,7 @@
-"""What `raykernel spectrum` prints: condition numbers, those that are infinite, duplicates."""
+"""What `raykernel spectrum` prints: condition numbers, those that are infinite, duplicates.
+
+Beside them, the accuracy on train examples that are left out (analysis/leave_one_out.py).
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ def show_spectra(found: Spectra, screen: Screen) -> None:
                 "median",
                 "rank",
                 "noise",
+                "loo",
             ],
             [_line(name, alike) for name, alike in _alike(layers).items()],
             title=(
@@ -52,7 +56,9 @@ def show_spectra(found: Spectra, screen: Screen) -> None:
         f"plus {config.spectrum.ridge:g} of the mean eigenvalue, ≤ where noise may lower it; "
         "range: of that;\ncentred: the same without the mean over examples; median: top over "
         "median; rank: effective rank; noise: eigenvalues\nthat rounding hides, of all groups of "
-        "the line."
+        "the line. loo, the one that knows labels: leave-one-out accuracy, on each\ntrain example "
+        "of ridge regression on the others, same kernel and ridge, ~ where noise may move it; none "
+        "of a linear probe."
     )
     for kind, layers in found.by_kind.items():
         show_infinite(layers, screen)
@@ -137,4 +143,8 @@ def _line(name: str, alike: Sequence[LayerSpectrum]) -> list[str]:
         median(lambda each: each.seen.median),
         median(lambda each: each.seen.effective_rank),
         str(hidden),
+        median(
+            lambda each: math.nan if each.left_out is None else each.left_out.accuracy,
+            "" if covered else "~",
+        ),
     ]

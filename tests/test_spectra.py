@@ -157,6 +157,35 @@ def test_rows_are_the_readings_of_the_stored_kernels(found: Spectra, handle: Ker
             assert row["lipschitz"] is None
 
 
+def test_train_examples_are_left_out_with_the_same_kernel_and_ridge(
+    found: Spectra, handle: KernelHandle
+) -> None:
+    """One after the other: the margin's regression on seven examples, at the eighth, by numpy."""
+    train, basis = handle.grid.train, np.array([1, -1]) / math.sqrt(2)
+    labels = handle.examples()["label"].to_pylist()[:8]
+    sides = np.array([basis[found.prepared.data.labels.index(label)] for label in labels])
+    missing = sides - handle.logits(train) @ basis
+    checked = 0
+    for row in rows():
+        groups = row["groups"] or ([row["layer_group"]] if row["layer_group"] else None)
+        kernel = handle.kernel(groups, kind=str(row["kind"]), rows=train)  # type: ignore[arg-type]
+        if row["num_unresolved"] == 8:
+            assert row["loo_accuracy"] is row["loo_error"] is None
+            continue
+        solved, errors = with_ridge(kernel), []
+        for i in range(8):
+            others = np.delete(np.arange(8), i)
+            alpha = np.linalg.solve(solved[np.ix_(others, others)], missing[others])
+            errors.append(missing[i] - margin(kernel)[i, others] @ alpha)
+        hits = sides * (sides - errors) > 0  # the prediction is on the label's side
+        if row["num_unresolved"] == 0:
+            assert row["loo_error"] == pytest.approx(np.mean(np.square(errors)), rel=1e-6)
+            assert row["loo_accuracy"] == np.mean(hits)
+            checked += 1
+    assert checked > 20
+    assert {row["loo_accuracy"] for row in every_row() if row["change"]} == {None}
+
+
 def test_shares_of_the_trace_add_up(found: Spectra, handle: KernelHandle) -> None:
     """Layer groups and the cross groups of tied weights make all of the kernel."""
     assert any(name.startswith("cross(") for name in handle.groups())  # embeddings are tied
@@ -391,3 +420,4 @@ def test_the_tiny_experiment_runs_on_the_packaged_model(
     assert "contrast of 6 outputs of 6 train examples" in out
     assert "of 30 eigenvalues" in out
     assert "encoder.layer.*.attention.self.query" in out
+    assert {row["loo_error"] for row in rows("raykernel-store")} == {None}  # the probe knows labels

@@ -154,13 +154,26 @@ def combined(
     """
     c = kernel.shape[1]
     if outputs is Outputs.contrast:
-        return _both_sides(kernel, scipy.linalg.helmert(c).T, axis=1)
+        return _both_sides(kernel, contrast_basis(c), axis=1)
     if outputs is Outputs.pseudo:
         return _both_sides(kernel, np.full((c, 1), 1 / math.sqrt(c)), axis=1)
     if outputs is Outputs.trace:
         traced: np.ndarray = np.einsum("iaja->ij", kernel)[:, None, :, None] / c
         return traced
     return kernel
+
+
+def contrast_basis(c: int) -> Float[np.ndarray, "c c-1"]:
+    """Q of contrasts: an orthonormal basis of the logits that sum to 0.
+
+    Args:
+        c: number of outputs, at least 2.
+
+    Returns:
+        A contrast a column.
+    """
+    basis: Float[np.ndarray, "c c-1"] = scipy.linalg.helmert(c).T
+    return basis
 
 
 def _both_sides(

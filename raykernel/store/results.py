@@ -149,6 +149,9 @@ TABLES = {
                 ("full_regularised", pa.float64()),
                 ("centred_condition_number", pa.float64()),  # without the mean over examples
                 ("centred_regularised", pa.float64()),
+                ("loo_accuracy", pa.float64()),  # of train examples predicted from the others by
+                ("loo_error", pa.float64()),  # ridge regression with sigma, of `outputs`: mean of
+                # the squared norm left of one-hot labels; null: of changes, noise, a linear probe
                 ("lipschitz", pa.float64()),  # of all train outputs in the parameters; null: signs
                 ("path", pa.string()),
                 ("created", _TIME),
