@@ -1,9 +1,10 @@
-"""A trained adapter as the folder that PEFT loads."""
+"""A LoRA as the folder that PEFT loads: a trained one, or a choice of layers to train."""
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,24 +39,10 @@ def write_adapter(
         model: what the base is called.
         parameters: rank and scale.
     """
-    from peft import LoraConfig  # takes a second
-
     # A linear head is put around the encoder, which is the model that PEFT will be given.
     prefix = "model." if isinstance(module, Probed) else ""
     places = [path for path, layer in module.named_modules() if hasattr(layer, "lora_A")]
     layers = [module.get_submodule(path).get_submodule("base_layer") for path in places]
-    config = LoraConfig(
-        base_model_name_or_path=model.name,
-        revision=model.revision,
-        r=parameters.r,
-        lora_alpha=parameters.lora_alpha,  # type: ignore[arg-type]  # only ever divided
-        use_rslora=parameters.use_rslora,
-        target_modules=[path.removeprefix(prefix) for path in places],
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-    )
     tensors = {
         "base_model.model." + _OWN.sub(r".\1", name.removeprefix(prefix)): _saved(value)
         for name, value in values.items()
@@ -63,6 +50,42 @@ def write_adapter(
     }
     make_folder(folder)
     commit(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    targets = {path.removeprefix(prefix): layer for path, layer in zip(places, layers, strict=True)}
+    write_adapter_config(folder, targets, model=model, parameters=parameters, is_trained=True)
+
+
+def write_adapter_config(
+    folder: Path,
+    targets: Mapping[str, nn.Module],
+    *,
+    model: ModelConfig,
+    parameters: ParametersConfig,
+    is_trained: bool,
+) -> None:
+    """Commit `adapter_config.json`, from which PEFT makes the LoRA of chosen layers.
+
+    Args:
+        folder: where; made if it is not there.
+        targets: the linear layers by their whole paths in the plain model.
+        model: what the base is called.
+        parameters: rank and scale.
+        is_trained: whether the adapter is loaded for inference.
+    """
+    from peft import LoraConfig  # takes a second
+
+    config = LoraConfig(
+        base_model_name_or_path=model.name,
+        revision=model.revision,
+        r=parameters.r,
+        lora_alpha=parameters.lora_alpha,  # type: ignore[arg-type]  # only ever divided
+        use_rslora=parameters.use_rslora,
+        target_modules=list(targets),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=is_trained,
+    )
+    make_folder(folder)
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
         commit(folder / "adapter_config.json", (Path(scratch) / "adapter_config.json").read_bytes())
