@@ -8,7 +8,7 @@ from raykernel.analysis.correlation import Expected
 from raykernel.analysis.predictors import PREDICTORS
 from raykernel.console import Screen, counted, duration, short
 from raykernel.selections import KindSelection, RankedChoice, Selections
-from raykernel.terms import Criterion, Method
+from raykernel.terms import Criterion, Method, PromptStyle
 
 _COLUMNS = {
     Criterion.condition_number: "κ raw",
@@ -50,6 +50,11 @@ def show_selections(found: Selections, screen: Screen) -> None:
         screen.out.print(
             "Note: the kernel is that of the layers' own weights, around which a LoRA's is random; "
             "parameters=lora takes a LoRA's itself."
+        )
+    if config.prompt.style is PromptStyle.none:
+        screen.out.print(
+            "Note: the initial logits are those of a linear probe that was fitted to these "
+            "examples, so that grad, evid and loo flatter; compare choices, not numbers."
         )
     for one in found.by_kind:
         _show_notes(one, screen)
