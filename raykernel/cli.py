@@ -195,9 +195,9 @@ def run_spectrum(run: ComposedRun, screen: Screen) -> None:
 def run_select(run: ComposedRun, screen: Screen) -> None:
     """`raykernel select`."""
     from raykernel.selection_table import show_selections
-    from raykernel.selections import select_layers
+    from raykernel.selections import selections
 
-    show_selections(select_layers(run.config, run.overrides, screen), screen)
+    show_selections(selections(run.config, run.overrides, screen), screen)
 
 
 def run_finetune(run: ComposedRun, screen: Screen) -> None:

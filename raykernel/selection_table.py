@@ -33,7 +33,7 @@ def show_selections(found: Selections, screen: Screen) -> None:
     """Print a table per kind, then what to mind, and where the adapter is.
 
     Args:
-        found: of `select_layers`.
+        found: of `selections`.
         screen: where to print.
     """
     config, done = found.prepared.config, found.completion

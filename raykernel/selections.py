@@ -107,7 +107,7 @@ class Selections:
     by_kind: tuple[KindSelection, ...]
 
 
-def select_layers(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Selections:
+def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Selections:
     """Complete a kernel's train blocks, rank choices of layers, keep the best.
 
     Args:

@@ -25,7 +25,7 @@ from raykernel.console import Screen
 from raykernel.errors import InputError
 from raykernel.prepared import example_labels
 from raykernel.selection_table import show_selections
-from raykernel.selections import Member, Selections, _check_ties, select_layers
+from raykernel.selections import Member, Selections, _check_ties, selections
 from raykernel.spectra import spectra
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
@@ -59,7 +59,7 @@ def config_of(**changes: str | None) -> RunConfig:
 @pytest.fixture(scope="module")
 def found(place: Path) -> Selections:
     """One run for all tests: eight train examples, seven choices of three layers."""
-    return select_layers(config_of(), ("task=file",), Screen())
+    return selections(config_of(), ("task=file",), Screen())
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def lora(place: Path) -> Selections:
         "select__top": "30",
         "store__path": "lora",
     }
-    return select_layers(config_of(**changes), (), Screen())
+    return selections(config_of(**changes), (), Screen())
 
 
 def test_candidates_of_a_lora_are_the_modules_that_it_adapts(lora: Selections) -> None:
@@ -265,11 +265,15 @@ def test_few_features_and_duplicates_are_named(
     assert "Unresolved: rounding hides" in out or "∞" in out
 
 
-def test_without_a_prompt_peft_is_given_the_encoder(place: Path) -> None:
+def test_without_a_prompt_peft_is_given_the_encoder(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"prompt": "none", "store__path": "encoder", "model__architecture": "encoder"}
     changes |= {"prompt__template": None, "prompt__words": None}  # type: ignore[dict-item]
-    found = select_layers(config_of(**changes, select__max_size="1"), (), Screen())
+    found = selections(config_of(**changes, select__max_size="1"), (), Screen())
     assert len(found.by_kind[0].choices) == LAYERS + 1
+    show_selections(found, Screen())
+    assert "those of a linear probe that was fitted to these" in capsys.readouterr().out
     (best,) = rows("encoder", rank=1)
     model = loaded(f"encoder/{best['adapter']}", RobertaModel.from_pretrained("model"))
     assert adapted(model) == set(best["target_modules"])  # type: ignore[call-overload]

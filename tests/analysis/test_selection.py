@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from raykernel.analysis.layer_choice import select_layers
 from raykernel.analysis.predictors import PREDICTORS, Start
 from raykernel.analysis.selection import Budget, Candidates, Ranking, num_sets, search
 from raykernel.analysis.targets import one_hot
@@ -173,6 +174,28 @@ def test_sets_are_counted(count: int, max_size: int | None) -> None:
     sizes = range(1, min(count, max_size or count) + 1)
     sets = [s for size in sizes for s in itertools.combinations(range(count), size)]
     assert num_sets(count, max_size) == len(sets)
+
+
+def test_layers_by_name_are_ranked_as_the_search_ranks_them() -> None:
+    candidates = candidates_of()
+    kernels = dict(zip(candidates.names, candidates.kernels, strict=True))
+    budget = Budget(max_size=3)
+    for criterion in (Criterion.loo_error, Criterion.log_det):
+        found = select_layers(
+            kernels,
+            candidates.targets,
+            f0=candidates.f0,
+            criterion=criterion,
+            max_size=3,
+            top=4,
+        )
+        expected = brute_force(candidates, criterion, budget)[:4]
+        names = [tuple(candidates.names[i] for i in chosen) for _, chosen in expected]
+        assert [one.layers for one in found] == names
+        values = [PREDICTORS[criterion].expected.value * one.scores[criterion] for one in found]
+        assert values == pytest.approx([value for value, _ in expected], rel=1e-6)
+    with pytest.raises(InputError, match="which every layer betters"):
+        select_layers(kernels, candidates.targets, criterion=Criterion.trace)
 
 
 def test_a_budget_that_allows_nothing_is_refused() -> None:
