@@ -342,8 +342,8 @@ def linearize(tuned: Prepared, handle: KernelHandle, executor: Executor, screen:
     for receipt in run_jobs(executor, make, missing, screen=screen, name=name, sizes=sizes):
         halved = max(halved, receipt.halved)
     if halved:
-        screen.say(
-            f"Note: memory ran out, and a worker halved its batches {halved} times. Lower "
+        screen.note(
+            f"memory ran out, and a worker halved its batches {halved} times. Lower "
             "compute.memory_gb to what is free."
         )
 

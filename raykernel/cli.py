@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,23 +20,35 @@ if TYPE_CHECKING:
     from raykernel.compose import ComposedRun
     from raykernel.console import Screen
 
-USAGE = """\
+ABOUT = {
+    "plan": "what a run would do: examples, blocks, FLOPs, memory; computes nothing",
+    "doctor": "checks environment and problem before a run",
+    "kernel": "completes the kernel blocks, solves kernel regression, predicts test, prints and "
+    "stores the results",
+    "spectrum": "completes the kernel blocks of train, prints and stores condition numbers and "
+    "ranks of every layer",
+    "select": "ranks choices of layers by their kernels before any training, prints and stores "
+    "them, and writes the best as an adapter_config.json for PEFT",
+    "finetune": "fine-tunes the same problem, keeps the parameters that are best on dev, prints "
+    "and stores the results; training.twin=true compares with the linear model",
+    "behavior": "fine-tunes, and says whether that behaves like its kernel",
+}
+"""The commands that take Hydra overrides, in the order of use."""
+
+
+def _listed(name: str) -> str:
+    start = f"  {name:<10}"
+    return textwrap.fill(ABOUT[name], 100, initial_indent=start, subsequent_indent=" " * 12)
+
+
+_COMMANDS = "\n".join(map(_listed, ABOUT))
+USAGE = f"""\
 usage: raykernel COMMAND [arguments]
 
 Neural tangent kernels of language models, per layer.
 
 commands that run a configuration (arguments are Hydra overrides; try --help, --cfg job, -m):
-  plan      what a run would do: examples, blocks, FLOPs, memory; computes nothing
-  doctor    checks environment and problem before a run
-  kernel    completes the kernel blocks, solves kernel regression, predicts test, prints and
-            stores the results
-  spectrum  completes the kernel blocks of train, prints and stores condition numbers and ranks of
-            every layer
-  select    ranks choices of layers by their kernels before any training, prints and stores them,
-            and writes the best as an adapter_config.json for PEFT
-  finetune  fine-tunes the same problem, keeps the parameters that are best on dev, prints and
-            stores the results; training.twin=true compares with the linear model
-  behavior  fine-tunes, and says whether that behaves like its kernel
+{_COMMANDS}
 
 many runs, one table:
   sweep     runs a study, such as a table of the paper; alone it lists all
@@ -132,10 +145,12 @@ def run_all(command: str, arguments: list[str]) -> int:
         RaykernelError: from the only run.
     """
     from raykernel.compose import compose_runs
-    from raykernel.console import Screen
+    from raykernel.console import Screen, SharedScreen
 
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(f"raykernel {command}: {ABOUT[command]}\n")  # and Hydra prints the rest
     runs = compose_runs(command, arguments)
-    screen = Screen()
+    screen = SharedScreen() if len(runs) > 1 else Screen()
     failures: list[tuple[str, RaykernelError]] = []
     for number, run in enumerate(runs, start=1):
         if len(runs) > 1:
@@ -256,10 +271,10 @@ def tool_query(arguments: list[str]) -> int:
 
 def tool_sweep(arguments: list[str]) -> int:
     """`raykernel sweep`."""
-    from raykernel.console import Screen
+    from raykernel.console import SharedScreen
     from raykernel.sweep import sweep
 
-    return sweep(arguments, Screen())
+    return sweep(arguments, SharedScreen())
 
 
 def tool_verify(arguments: list[str]) -> int:

@@ -64,6 +64,7 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
 
     Raises:
         InputError: if an override or a file is wrong.
+        BrokenPipeError: if nobody reads the help.
     """
     check_spelling(arguments)
     arguments = [quote_null_prompt(argument) for argument in arguments]
@@ -82,6 +83,8 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
         ]
         try:
             entry(collect)()
+        except BrokenPipeError:  # `--help | head`
+            raise
         except Exception as error:  # only Hydra runs here, and it raises many types
             raise InputError(explain(error, arguments)) from error
         finally:
@@ -189,6 +192,13 @@ def explain(error: Exception, arguments: list[str]) -> str:
             "'prompt.template=\"{review} It was {label}.\"'"
         )
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) else error
+    several = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", str(error))
+    if several:
+        key, values = several.groups()
+        return (
+            f"{key}={values}: found several values, expected one. Add -m for a run of each, or "
+            f"write {key}=[{values}] for a list."
+        )
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown:
         key = unknown.group(1).split("@")[0]

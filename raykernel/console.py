@@ -46,6 +46,14 @@ class Screen:
         """Print one message to standard error."""
         self.err.print(text, markup=False)
 
+    def note(self, text: str) -> None:
+        """Say what a person should know, though nothing is wrong."""
+        self.say(f"Note: {text}")
+
+    def aside(self, text: str) -> None:
+        """The same of what is worth knowing where one run was asked for, but not of every one."""
+        self.note(text)
+
     @contextlib.contextmanager
     def stage(self, text: str) -> Iterator[None]:
         """Show that something of unknown length is under way."""
@@ -90,20 +98,38 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print a table to standard output, cells as they are; plain where it is piped."""
-        table = Table(title=title or None, title_justify="left")
+        table = Table(title=escape(title) or None, title_justify="left")
         for number, column in enumerate(columns):
             numeric = rows and all(is_number(row[number]) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left")
+            # A long value goes on in the next line: cut short it could not be copied.
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))  # `[sgd]` is no markup
         self.out.print(table)
 
     def facts(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print names and values, one pair a line."""
-        table = Table(title=title or None, title_justify="left", show_header=False)
+        table = Table(title=escape(title) or None, title_justify="left", show_header=False)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.out.print(table)
+
+
+class SharedScreen(Screen):
+    """The screen of many runs: what one of them has noted is not repeated by the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted: set[str] = set()
+
+    def note(self, text: str) -> None:
+        """Say it if no run has said it before."""
+        if text not in self._noted:
+            self._noted.add(text)
+            super().note(text)
+
+    def aside(self, text: str) -> None:
+        """Nothing."""
 
 
 class RateColumn(ProgressColumn):

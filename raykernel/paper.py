@@ -71,6 +71,7 @@ DEMO: dict[str, str | None] = {
     "task": None,
     "task.k": "1",
     "task.seed": "13,21",
+    "training.keep_weights": "true",
 }
 """MiniLM without a prompt, minutes on two cores."""
 DEMO_PROMPT: dict[str, str | None] = {

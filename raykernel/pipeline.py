@@ -97,7 +97,7 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
     """
     prepared = prepare(config, screen)
     if note := why_new(prepared, Store(config.store.path)):
-        screen.say(f"Note: {note}")
+        screen.aside(note)
     handle = open_kernel(prepared)
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
         completion = complete(prepared, handle, executor, screen)
@@ -212,8 +212,8 @@ def complete(
     names = handle.groups(config.kernel.kinds[0].value)
     if wanted_rows(config, grid, names) == rows:
         return done
-    screen.say(
-        "Note: solver.groups chooses some but not all uses of a tied parameter "
+    screen.note(
+        "solver.groups chooses some but not all uses of a tied parameter "
         f"({', '.join(split_ties(config, names))}), whose kernel is no product of gradients: "
         "test is predicted through its kernel with train."
     )
@@ -277,8 +277,8 @@ def complete_cells(
         predicted += receipt.predicted_seconds
         halved = max(halved, receipt.halved)
     if halved:
-        screen.say(
-            f"Note: memory ran out, and a worker halved its chunks {halved} times. Lower "
+        screen.note(
+            f"memory ran out, and a worker halved its chunks {halved} times. Lower "
             "compute.memory_gb to what is free; chunks that fit are faster."
         )
     seconds = time.monotonic() - start
@@ -421,8 +421,8 @@ def show_outcome(outcome: Outcome, screen: Screen) -> None:
     headings, rows = score_table(outcome.regression, "linear probe" if probe else "zero-shot")
     for kind, result in outcome.regression.results.items():
         if result.excluded:
-            screen.say(
-                f"Note: {kind.value}: {len(result.excluded)} of {result.num_points} grid points "
+            screen.note(
+                f"{kind.value}: {len(result.excluded)} of {result.num_points} grid points "
                 f"left out, the first because {result.excluded[0]}."
             )
     screen.table(

@@ -221,14 +221,14 @@ def show_plan(plan: Plan, screen: Screen) -> None:
     ]
     screen.facts(rows, title=f"{config.task.name}, {config.model.name}")
     if plan.why_new:
-        screen.say(f"Note: {plan.why_new}")
+        screen.note(f"{plan.why_new}")
     pattern = Counter((re.sub(r"\d+", "*", group), way) for group, way in worker.methods.items())
     screen.table(
         ["layer groups", "number", "method"],
         [[group, str(number), way] for (group, way), number in pattern.items()],
     )
     for name, why in worker.fallbacks.items():
-        screen.say(f"Note: {name} has no rule: {why}")
+        screen.note(f"{name} has no rule: {why}")
 
 
 def _prediction(plan: Plan) -> str:

@@ -10,7 +10,15 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from raykernel.compute.spec import WorkerSpec
-from raykernel.config import Json, PromptText, RunConfig, canonical_json, fingerprint, plain
+from raykernel.config import (
+    Json,
+    ParametersConfig,
+    PromptText,
+    RunConfig,
+    canonical_json,
+    fingerprint,
+    plain,
+)
 from raykernel.console import Screen
 from raykernel.problem.architectures import check_model
 from raykernel.problem.checkpoints import (
@@ -66,8 +74,8 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
     # A branch name of the hub becomes a commit here, so that all workers load the same weights.
     config = replace(config, model=prepare_model(config.model))
     if config.needs_both_sides and not config.kernel.test_block:
-        screen.say(
-            "Note: solver.c below 1 needs K(train, x) beside K(x, train): the kernel of test with "
+        screen.note(
+            "solver.c below 1 needs K(train, x) beside K(x, train): the kernel of test with "
             "train is stored, as with kernel.test_block=true."
         )
         config = replace(config, kernel=replace(config.kernel, test_block=True))
@@ -81,8 +89,18 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
         config.model.architecture,
         max_positions(config.model),
     )
+    if config.parameters != ParametersConfig():
+        # It takes PyTorch, which a run that names no parameters does without in this process.
+        from raykernel.problem.models import check_parameters
+
+        check_parameters(
+            config.model,
+            config.parameters,
+            label_ids=encoded.label_ids,
+            num_labels=len(data.labels),
+        )
     for note in (*data.notes, *encoded.notes):
-        screen.say(f"Note: {note}")
+        screen.note(note)
     grid = Grid(
         num_cols=len(data.splits[Split.train]),
         num_rows=len(data.examples),

@@ -146,8 +146,8 @@ def predict(
         peak = max(peak, receipt.peak_memory_bytes)
         halved = max(halved, receipt.halved)
     if halved:
-        screen.say(
-            f"Note: memory ran out, and a predicting worker halved its batches {halved} times. "
+        screen.note(
+            f"memory ran out, and a predicting worker halved its batches {halved} times. "
             "Lower compute.memory_gb to what is free."
         )
     return sum(sizes), peak

@@ -99,6 +99,13 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
 def _show_notes(one: KindSelection, screen: Screen) -> None:
     """What makes a number doubtful."""
     best = one.choices[0]
+    if one.ranking.choices[0].goodness == -math.inf:
+        screen.out.print(
+            "Unranked: rounding hides what the criterion is made of, of every choice; choose "
+            "another, such as select.criterion=regularised."
+        )
+    if one.num_dead:
+        screen.out.print(f"Left out: {counted(one.num_dead, 'candidate')} without any gradient.")
     seen, num = best.start.spectrum, len(one.choices) - 1
     if math.isnan(seen.raw) and not best.is_singular:
         screen.out.print(

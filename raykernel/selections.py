@@ -37,7 +37,7 @@ from raykernel.store.blocks import Store
 from raykernel.store.groups import adapted_module, parts
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.results import result_path
-from raykernel.terms import CandidateUnit, Criterion, Kind, Method, PromptStyle
+from raykernel.terms import CandidateUnit, Criterion, Kind, Method, Projection, PromptStyle
 from raykernel.training.adapter import write_adapter_config
 
 
@@ -91,6 +91,9 @@ class KindSelection:
     choices: tuple[RankedChoice, ...]
     """Best first, all candidates last."""
     num_candidates: int
+    """That have a gradient."""
+    num_dead: int
+    """That have none."""
     sigma: float
     duplicates: tuple[tuple[str, str], ...]
     """Ids of train examples that the best choice takes for one."""
@@ -163,6 +166,13 @@ def _check(config: RunConfig) -> None:
     is_any = any(kind.is_symmetric for kind in config.kernel.kinds)
     require(is_any, "kernel.kinds", kinds, "sgd or signgd: asigngd is not symmetric")
     require(config.spectrum.ridge > 0, "spectrum.ridge", config.spectrum.ridge, "more than 0")
+    method = config.kernel.projection.method
+    require(
+        method is not Projection.intrinsic_dimension,
+        "kernel.projection.method",
+        method.value,
+        "another one, for this one projects all layers together",
+    )
     bounded = select.max_size is not None or select.max_parameters is not None
     require(
         bounded or not PREDICTORS[select.criterion].is_monotone,
@@ -270,6 +280,7 @@ def rank(
         The best choices, and all candidates for comparison.
     """
     config, select = prepared.config, prepared.config.select
+    before = len(members)
     members, candidates = _candidates(prepared, handle, kind, members)
     predictor = PREDICTORS[select.criterion]
     budget = Budget(select.max_size, select.max_parameters)
@@ -296,6 +307,7 @@ def rank(
         ranking,
         tuple(choices),
         len(members),
+        before - len(members),
         candidates.sigma,
         same_gradients(handle, choices[0].start.kernel, config.spectrum),
         result_path(Path(config.store.path), "selections", row).with_suffix(""),

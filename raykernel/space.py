@@ -41,7 +41,8 @@ class Point:
     @property
     def text(self) -> str:
         """What a person is shown."""
-        return f"{self.arm}: {' '.join((*self.cell, *self.own))}"
+        chosen = " ".join((*self.cell, *self.own))
+        return f"{self.arm}: {chosen}" if chosen else self.arm
 
     def compose(self) -> ComposedRun:
         """Its resolved configuration."""

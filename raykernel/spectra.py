@@ -109,19 +109,19 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
     prepared = prepare(config, screen)
     store = Store(config.store.path)
     if note := why_new(prepared, store):
-        screen.say(f"Note: {note}")
+        screen.aside(note)
     handle = open_kernel(prepared)
     train = handle.grid.train
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
         completion = complete_rows(prepared, handle, train, executor=executor, screen=screen)
     for kind in config.kernel.kinds:
         if kind not in kinds:
-            screen.say(f"Note: {kind.value} is not symmetric and has no spectrum: left out.")
+            screen.note(f"{kind.value} is not symmetric and has no spectrum: left out.")
     if config.solver.groups:
-        screen.say("Note: solver.groups is of kernel regression; sets here are spectrum.sets.")
+        screen.note("solver.groups is of kernel regression; sets here are spectrum.sets.")
     labels = None
     if config.prompt.style is PromptStyle.none:
-        screen.say("Note: no leave-one-out accuracy: the linear probe was fitted to all of train.")
+        screen.note("no leave-one-out accuracy: the linear probe was fitted to all of train.")
     else:
         labels = example_labels(prepared.data)[: len(train)]
     found = Spectra(

@@ -26,7 +26,7 @@ from raykernel.space import Plan, Point, check, make_plan, spelt
 from raykernel.store.blocks import Store
 from raykernel.store.results import TABLES
 from raykernel.study import Arm, Row, Study, best_on_dev
-from raykernel.terms import Command
+from raykernel.terms import Command, PromptStyle
 
 USER_FOLDER = Path("sweeps")
 """A user's own studies, below the working folder."""
@@ -68,8 +68,9 @@ def load_study(name: str) -> Study:
     if name not in files and len(short) == 1:
         (name,) = short
     if name not in files:
+        known = {*files, *(stem.split("_")[0] for stem in files)}
         raise InputError(
-            f"Unknown study {name!r}: {nearest(name, files)} `raykernel sweep` lists all; your "
+            f"Unknown study {name!r}: {nearest(name, known)} `raykernel sweep` lists all; your "
             f"own lie in ./{USER_FOLDER}."
         )
     path, expected = files[name], "Expected Python with `study = raykernel.study.Study(...)`."
@@ -317,9 +318,10 @@ def describe(plan: Plan, screen: Screen) -> None:
     """
     rows = [["every method", "", spelt(plan.space)]]
     for arm in plan.study.arms:
+        settings = " ".join(f"{key}={value}" for key, value in arm.settings.items())
         own = f"as selected for {arm.like}" if arm.like else spelt(plan.own[arm.name])
-        rows.append([arm.name, arm.command.value, own])
-    screen.table(["method", "command", "space"], rows, title=plan.study.question)
+        rows.append([arm.name, arm.command.value, f"{settings} {own}".strip()])
+    screen.table(["method", "command", "with"], rows, title=plan.study.question)
     fixed = " ".join(plan.fixed.values())
     screen.out.print(
         f"{counted(plan.count(), 'run')}" + (f", all with {fixed}" if fixed else ""), markup=False
@@ -345,8 +347,10 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
         if sheet.note:
             screen.out.print(sheet.note, markup=False)
-    if rows and not plan.compare:
-        screen.say("Note: the setting is not the paper's, so that its numbers are not shown.")
+    if any(row.get("prompt") == PromptStyle.none.value for row in rows):
+        screen.note("runs without a prompt start from a linear probe, not from 0-shot.")
+    if rows and not plan.compare and getattr(study.table, "paper", None) is not None:
+        screen.note("the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)
     screen.out.print(
         f"{study.name}: {len(found) - len(failed)} of {total} runs are complete"

@@ -143,7 +143,9 @@ def complete_trial(
     if stored and (missing := _missing(files, training, store.rows("twins", trial=trial))):
         screen.say(f"The result is stored, its {missing} are not: training again.")
         stored = False
-    if not stored:
+    if stored:
+        screen.say(f"Trial {trial} is stored: computing 0 steps.")
+    else:
         files = store.begin_trial(trial)
         result = train(trial_spec(prepared, training, files), executor, screen)
         curve = [{"trial": trial, **dataclasses.asdict(point)} for point in result.curve]
@@ -253,8 +255,8 @@ def run_steps(
             receipt = outcome.value()
             if receipt.pass_size < pass_size:
                 pass_size = receipt.pass_size
-                screen.say(
-                    f"Note: compute.memory_gb={spec.compute.memory_gb:g} has room for "
+                screen.note(
+                    f"compute.memory_gb={spec.compute.memory_gb:g} has room for "
                     f"{counted(pass_size, 'example')} in a pass, not compute.batch_size="
                     f"{spec.compute.batch_size}."
                 )
@@ -288,7 +290,7 @@ def _steps_done(checkpoint: Path, screen: Screen) -> int:
     except FileNotFoundError:
         return 0
     except BlockCorruptError as error:
-        screen.say(f"Note: {error} It is dropped: training begins anew.")
+        screen.note(f"{error} It is dropped: training begins anew.")
         checkpoint.unlink(missing_ok=True)
         return 0
     screen.say(f"Going on after step {done}.")

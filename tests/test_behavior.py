@@ -206,7 +206,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(
     own = CHANGES[found.prepared.config.prompt.style.value]
     assert main(["behavior", *arguments(**own)]) == 0
     said = capsys.readouterr()
-    assert said.err.count("computing 0") == 3
+    assert said.err.count("computing 0") == 4
     assert "step 0" not in said.err
     again = {file: file.stat().st_ino for file in Path("store").rglob("*.*t*")}
     assert {file.parent.name for file in files if files[file] != again[file]} == {"behavior"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,17 @@ def test_help_version_and_unknown_command(capsys):
     assert main([]) == 2
 
 
+def test_help_of_a_command_says_what_it_does_and_may_be_cut_short():
+    run = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m raykernel finetune --help | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.startswith("raykernel finetune: fine-tunes the same problem")
+    assert run.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("changes", "helps"),
     [
@@ -151,6 +163,25 @@ def test_wrong_input_ends_with_code_2_and_says_what_to_do(
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fails(capsys, here, ["kernel", *arguments(model, **changes)], *helps)
+
+
+@pytest.mark.parametrize("prompt", ["manual", "none"])
+@pytest.mark.parametrize(
+    ("changes", "helps"),
+    [
+        ({"parameters": "lora", "parameters.target_modules": "[qeury]"}, ["'query'"]),
+        ({"parameters.layers_to_transform": "[2]"}, ["expected -2 to 1"]),
+        ({"parameters.include": "[nothing]"}, ["leaves no parameter", "layer.0"]),
+    ],
+)
+def test_parameters_that_fit_nothing_are_refused_before_anything_is_stored(
+    changes, helps, prompt, model, here, capsys
+):
+    if prompt == "none":
+        changes = changes | {"prompt": "none", "prompt.template": None, "prompt.words": None}
+    for command in ("kernel", "finetune"):
+        fails(capsys, here, [command, *arguments(model, **changes)], *helps)
+    assert not (here / "store").exists()
 
 
 def test_an_empty_file(model, here, capsys):

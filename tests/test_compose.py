@@ -95,7 +95,7 @@ def test_one_job_per_combination_in_order():
         ("lam=0.1", "did you mean regularization.lam?"),
         ("regularization.lam=0.1", "Set regularization=coupled"),
         ("+task.foo=1", "Unknown key 'foo'"),
-        ("task.k=1,2", "--multirun"),
+        ("task.k=1,2", "task.k=1,2: found several values, expected one. Add -m"),
         ("prompt.template={review} It was", "inner quotes"),
         ("solver.ridge=[-1]", "values ≥ 0"),
         ("solver.f0_scaling=[0]", "values > 0"),

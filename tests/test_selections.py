@@ -305,6 +305,7 @@ def test_a_damaged_adapter_is_named_and_removed(found: Selections) -> None:
         ("select.max_size=0", "at least 1"),
         ("spectrum.ridge=0", "more than 0"),
         ("kernel.kinds=[asigngd]", "sgd or signgd"),
+        ("kernel.projection.method=intrinsic_dimension", "projects all layers together"),
     ],
 )
 def test_wrong_settings_are_said_before_anything_is_computed(

@@ -278,14 +278,9 @@ def test_features_are_the_numbers_of_a_gradient(found: Spectra) -> None:
     assert chosen["num_features"] == sum(n for name, n in counts.items() if CHOICE[0] in name)
 
 
-@pytest.fixture(scope="module")
-def repeated(place: Path) -> Spectra:
-    """LoRA of rank 1 on the first layer's query, 16 features of B, and 20 train examples."""
-    lines = [
-        f"{tiny.PLAIN[n % 7]} it was\t{label}" for n, (_, label) in enumerate(tiny.reviews(100))
-    ]
-    Path("repeated.tsv").write_text("\n".join(["review\trating", *lines]) + "\n", "utf-8")
-    changes = {
+def of_repeated(**changes: str) -> Spectra:
+    """Spectra of LoRA of rank 1 on queries, 16 features of B each, and 20 train examples."""
+    own = {
         "task__train": "repeated.tsv",
         "task__k": "10",
         "kernel__kinds": "[sgd]",
@@ -297,7 +292,31 @@ def repeated(place: Path) -> Spectra:
         "spectrum__sets": "[[layer.0.],[layer.0.,layer.1.]]",
         "store__path": "repeated",
     }
-    return spectra(config_of(**changes), (), Screen())
+    return spectra(config_of(**own | changes), (), Screen())
+
+
+@pytest.fixture(scope="module")
+def repeated(place: Path) -> Spectra:
+    """The same texts again and again."""
+    lines = [
+        f"{tiny.PLAIN[n % 7]} it was\t{label}" for n, (_, label) in enumerate(tiny.reviews(100))
+    ]
+    Path("repeated.tsv").write_text("\n".join(["review\trating", *lines]) + "\n", "utf-8")
+    return of_repeated()
+
+
+def test_no_example_can_be_left_out_of_a_singular_kernel_without_a_ridge(
+    repeated: Spectra, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a ridge duplicates are no trouble; without one there is nothing to solve."""
+    (ridged, *_), (bare, *_) = (
+        found.by_kind[Kind.sgd] for found in (repeated, of_repeated(spectrum__ridge="0"))
+    )
+    assert ridged.seen.num_unresolved == bare.seen.num_unresolved > 0
+    assert ridged.left_out is not None
+    assert bare.left_out is None
+    show_spectra(repeated, Screen())
+    assert "leave-one-out accuracy" in " ".join(capsys.readouterr().out.split())
 
 
 def test_few_features_are_said_to_make_the_condition_number_infinite(

@@ -18,6 +18,7 @@ from raykernel.space import check, make_plan, values_of
 from raykernel.store.blocks import Store
 from raykernel.study import Row, TaskTable
 from raykernel.sweep import Point, in_order, load_study, question_of, study_files
+from raykernel.terms import Command
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,8 @@ TRAINING = {
 }
 OTHERS = {
     "table8_output_derivative": {"task.seed": "13"},
+    "drug_reviews": {key: TRAINING[key] for key in TRAINING if key != "training.learning_rate"}
+    | {"parameters.layers_to_transform": "null", "task.seed": "7"},
     "table9_prompts": TRAINING | {"prompt": "manual,searched"},
     "condition_number": TRAINING
     | {
@@ -97,7 +100,11 @@ def test_a_study_of_the_package_runs_and_prints_its_table(place, name, capsys):
     for line in table.lines if isinstance(table, TaskTable) else []:
         assert line.label in printed.out
     assert "runs are complete. " in printed.out
-    assert "not the paper's" in printed.err
+    compared = isinstance(table, TaskTable) and table.paper is not None
+    assert ("not the paper's" in printed.err) == compared
+    notes = [line for line in printed.err.splitlines() if line.startswith("Note: ")]
+    assert len(notes) == len(set(notes))
+    assert "a new kernel" not in printed.err  # of every seed and prompt: no news
     assert "Traceback" not in printed.err
 
 
@@ -109,20 +116,17 @@ def test_a_study_that_has_run_computes_nothing(place, capsys):
     second = capsys.readouterr()
     assert second.out == first
     assert "computing 0 blocks" in second.err
+    assert "computing 0 steps" in second.err
     assert "step " not in second.err
     assert files_of(place / "store") == before
 
 
 def test_the_table_is_that_of_the_stored_rows(place, capsys):
     name = "table11_lora"
-    assert main(["sweep", name, *arguments(name, task__seed="13,21")]) == 0
+    assert main(["sweep", name, *arguments(name, task__seed="13,21", store__path="own")]) == 0
     out = capsys.readouterr().out
-    trials = Store("store").results("trials").to_pylist()
-    values = [
-        100 * row["finetuned"]
-        for row in trials
-        if row["method"] == "lora" and row["prompt"] == "manual"
-    ]
+    trials = Store("own").results("trials").to_pylist()
+    values = [100 * row["finetuned"] for row in trials if row["method"] == "lora"]
     assert len(values) == 2
     mean, half = sum(values) / 2, abs(values[0] - values[1]) / 2
     (line,) = [line for line in out.splitlines() if "SGD-LoRA FT" in line]
@@ -243,6 +247,8 @@ def test_help_says_what_would_run_and_runs_nothing(tmp_path, monkeypatch, capsys
     out = " ".join(capsys.readouterr().out.split())
     assert "250 runs" in out  # 2 k x 5 seeds x (15 of SGD + 9 of Adam + 1 of kernels)
     assert "task=sst2 task.k=16,64 task.seed=13,21,42,87,100" in out
+    assert "training=sgd training.batch_size=2,4,8" in out
+    assert "kernel.kinds=[sgd,signgd,asigngd]" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,6 +256,7 @@ def test_help_says_what_would_run_and_runs_nothing(tmp_path, monkeypatch, capsys
     ("command", "helps"),
     [
         (["tabel2_kernels_and_finetunin"], "did you mean 'table2_kernels_and_finetuning'"),
+        (["tabel2"], "did you mean 'table2'"),
         (["../table2"], "Unknown study '../table2'"),
         (["table2", "training=adam"], "its method 'SGD-FT'"),
         (["table2", "task.max_length=16,32"], "found 2 values, expected one"),
@@ -292,6 +299,14 @@ def test_a_folder_of_ones_own_extends_the_package(tmp_path, monkeypatch, capsys)
     assert {path.name for path in own.iterdir()} == {f"{n}.py" for n in study_files()} - {
         f"{n}.py" for n in NAMES
     }
+
+
+def test_a_point_is_shown_by_what_tells_it_from_others():
+    own = ("training.learning_rate=1e-2",)
+    assert (
+        Point("SGD-FT", Command.finetune, (), ("task=cr",), own).text == f"SGD-FT: task=cr {own[0]}"
+    )
+    assert Point("χ", Command.kernel, (), (), ()).text == "χ"
 
 
 def test_an_override_is_read_in_hydras_sweep_grammar():

@@ -32,7 +32,13 @@ from raykernel.ntk.factors import (
     one_example,
 )
 from raykernel.ntk.groups import ROOT, find_groups
-from raykernel.ntk.passes import check_logits, is_out_of_memory, prepared, selected_parameters
+from raykernel.ntk.passes import (
+    check_logits,
+    is_out_of_memory,
+    prepared,
+    saved_storages,
+    selected_parameters,
+)
 from raykernel.ntk.recorder import Call, Recorder, Recording, Watched
 
 Parts = dict[str, dict[str, tuple[Part, ...]]]
@@ -213,18 +219,9 @@ class Tracer:
         check_batch(batch)
         with self.prepared():
             self._trace_one(batch, 0)
-            storages: dict[int, int] = {}
-
-            def pack(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with saved_storages(self.model) as storages:
                 recording = self._watch(example(batch, 0))
         assert isinstance(recording, Recording)
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            storages.pop(tensor.untyped_storage().data_ptr(), None)
         num_outputs = recording.logits.shape[1]
         calls = sum(call.num_bytes for call in recording.calls)
         outputs = [c.output.numel() * c.output.element_size() for c in recording.calls]

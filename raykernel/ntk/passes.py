@@ -186,6 +186,32 @@ def backward(
         torch.autograd.grad(logits, wanted, weights, retain_graph=keep, allow_unused=True)
 
 
+@contextmanager
+def saved_storages(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Context that notes what autograd saves for a backward pass.
+
+    Args:
+        model: its weights are not counted.
+
+    Yields:
+        Bytes by address of a storage, complete once the context is left; the graph has to live
+        until then, lest an address be another tensor's.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        # The tensor itself may be an output of the function that saves it, which would then keep
+        # itself and the whole graph alive for ever.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+    for weight in (*model.parameters(), *model.buffers()):
+        storages.pop(weight.untyped_storage().data_ptr(), None)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the host."""
     # PyTorch's allocator on the CPU, and oneDNN's, which gives no reason.

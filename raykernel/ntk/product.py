@@ -37,6 +37,7 @@ from raykernel.ntk.passes import (
     on_gradients,
     paired,
     prepared,
+    saved_storages,
     selected_parameters,
     zeros_like,
 )
@@ -215,13 +216,7 @@ def product_bytes(model: nn.Module, readout: Readout, batch: Batch) -> ProductBy
     copied = sum(
         p.numel() * p.element_size() for p in selected.values() if accumulator(p.dtype) != p.dtype
     )
-    saved: dict[int, int] = {}
     largest = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     def note(module: nn.Module, inputs: object, output: object) -> None:
         nonlocal largest
@@ -231,10 +226,8 @@ def product_bytes(model: nn.Module, readout: Readout, batch: Batch) -> ProductBy
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     try:
         with prepared(model, selected.values()):
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with saved_storages(model) as saved:
                 logits = checked_logits(model, readout, batch)
-            for tensor in (*model.parameters(), *model.buffers()):
-                saved.pop(tensor.untyped_storage().data_ptr(), None)
             del logits  # until here the graph keeps what is saved, so that no address repeats
     finally:
         for hook in hooks:

@@ -27,7 +27,7 @@ from raykernel.ntk.backward import Gradients, gradients_of
 from raykernel.ntk.batches import Batch, check_batch
 from raykernel.ntk.capture import Capture, Parts, Tracer, pattern_of
 from raykernel.ntk.contract import gram
-from raykernel.ntk.passes import check_logits, is_out_of_memory
+from raykernel.ntk.passes import check_logits, is_out_of_memory, saved_storages
 from raykernel.ntk.recorder import Call, Recorder
 
 _TOLERANCE, _NOISE = 4e-6, 1e-4
@@ -259,11 +259,8 @@ class Streamer:
         kept += sum(_num_bytes(g) for g in way.gradients if g is not None)
         kept += 0 if way.upstream is None else 2 * _num_bytes(way.upstream)
         for groups in self.segments:
-            saved: dict[int, int] = {}
-            with self._tracer.prepared(), _noting(saved):
+            with self._tracer.prepared(), saved_storages(self._tracer.model) as saved:
                 capture = self._step(way, groups).capture
-            for tensor in (*self._tracer.model.parameters(), *self._tracer.model.buffers()):
-                saved.pop(tensor.untyped_storage().data_ptr(), None)
             factors = max(factors, capture.num_bytes)
             # Saved activations, the gradients of every output, and the factors made of them.
             step = max(step, sum(saved.values()) + 3 * capture.num_bytes)
@@ -446,19 +443,6 @@ def _diagonal(block: Tensor) -> Tensor:
 
 def _lengths(batch: Batch) -> frozenset[int]:
     return frozenset(value.shape[1] for value in batch.values() if value.dim() > 1)
-
-
-@contextmanager
-def _noting(storages: dict[int, int]) -> Iterator[None]:
-    """Context that notes the bytes of every storage that autograd saves."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -127,6 +127,47 @@ def load_problem(
     return problem
 
 
+def check_parameters(
+    model: ModelConfig, parameters: ParametersConfig, *, label_ids: tuple[int, ...], num_labels: int
+) -> None:
+    """Refuse a selection that fits nothing of a model, without its weights.
+
+    Args:
+        model: which model.
+        parameters: which parameters vary.
+        label_ids: token ids of the label words; () means no prompt, thus a linear head.
+        num_labels: number of logits.
+
+    Raises:
+        InputError: if a name, a layer or an expression fits nothing, or nothing is left.
+    """
+    config = read_config(model, locate(model))
+    architecture = model.architecture if label_ids else Architecture.encoder
+    with quiet(), torch.device("meta"):
+        auto_class: Any = HEADS[architecture][0]
+        module = auto_class.from_config(
+            config,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation="eager",
+            **_without_pooler(architecture, config),
+        )
+        if label_ids:
+            restrict_head(module, label_ids)
+        else:
+            module = Probed(module, model.pooling, num_labels=num_labels)
+        select_parameters(module, parameters)
+
+
+def _without_pooler(architecture: Architecture, config: PretrainedConfig) -> dict[str, Any]:
+    """Options of an encoder that has a layer which is not used."""
+    mapping = HEADS[architecture][1]
+    if architecture is not Architecture.encoder or type(config) not in mapping:
+        return {}
+    encoder: Any = mapping[type(config)]
+    has_option = "add_pooling_layer" in inspect.signature(encoder).parameters
+    return {"add_pooling_layer": False} if has_option else {}
+
+
 def _load(
     model: ModelConfig,
     checkpoint: Checkpoint,
@@ -135,18 +176,12 @@ def _load(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """The pre-trained weights in their class, each of them found in the checkpoint."""
-    auto_class, mapping = HEADS[architecture]
+    auto_class, _ = HEADS[architecture]
     config.use_cache = False
     if model.tie_head is not None:
         # Checkpoints drop a tied head's weight, and a class told not to tie would invent one; so
         # it is tied here and untied by `_set_tie`.
         config.tie_word_embeddings = True
-    options: dict[str, Any] = {}
-    if architecture is Architecture.encoder and type(config) in mapping:
-        encoder: Any = mapping[type(config)]
-        signature = inspect.signature(encoder)
-        if "add_pooling_layer" in signature.parameters:
-            options["add_pooling_layer"] = False
     try:
         with quiet():
             module, report = auto_class.from_pretrained(
@@ -158,7 +193,7 @@ def _load(
                 trust_remote_code=model.trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
-                **options,
+                **_without_pooler(architecture, config),
             )
     except Exception as error:  # safetensors, transformers and remote code raise many types
         raise InputError(

@@ -281,10 +281,7 @@ TABLES = {
                 ("dev_loss", pa.float64()),
                 ("dev_score", pa.float64()),
                 ("learning_rate", pa.float64()),  # of the last step
-                (
-                    "gradient_norm",
-                    pa.float64(),
-                ),  # of the last step with a coupled pull's, unclipped
+                ("gradient_norm", pa.float64()),  # of the last step, unclipped; with coupled pull
                 ("distance", pa.float64()),  # from the start, Euclidean
             ]
         ),
@@ -333,10 +330,7 @@ TABLES = {
                 ("deviation_relative", pa.float64()),  # over ‖θ_0‖
                 ("twin_deviation", pa.float64()),  # ‖θ̄ − θ_0‖ of the twin
                 ("apart", pa.float64()),  # ‖θ − θ̄‖
-                (
-                    "adapter_change",
-                    pa.float64(),
-                ),  # mean over adapted matrices of ‖s B A‖; null: none
+                ("adapter_change", pa.float64()),  # mean ‖s B A‖ of adapted matrices; null: none
                 ("adapter_relative", pa.float64()),  # mean of ‖s B A‖ / ‖W_0‖
                 ("modules", pa.string()),  # JSON: module → both
                 ("seconds", pa.float64()),  # of the twin's training
@@ -358,10 +352,7 @@ TABLES = {
         pa.schema(
             [
                 ("trial", pa.string()),
-                (
-                    "quantity",
-                    pa.string(),
-                ),  # deviation ‖θ − θ_0‖, or distance to the twin over train
+                ("quantity", pa.string()),  # deviation ‖θ − θ_0‖, or distance to the twin on train
                 ("name", pa.string()),  # printed, or a companion of it
                 ("bound", pa.float64()),  # null: not of this run
                 ("measured", pa.float64()),

@@ -339,11 +339,13 @@ class Trainer:
         return epochs + min(1.0, rest * self._training.batch_size / num_train)
 
     def _diverged(self, what: str, loss: float, norm: float | None, rate: float) -> RunError:
+        unclipped = self._training.max_grad_norm is None
         return RunError(
             f"training: at step {self.step} of {self._training.steps}, learning rate {rate:.3g}, "
             f"the {what} was {loss:g} and the gradient's norm {norm}; expected finite numbers. "
-            "Lower training.learning_rate, or set training.max_grad_norm. Nothing is stored as a "
-            "result of this trial."
+            "Lower training.learning_rate"
+            + (", or set training.max_grad_norm" if unclipped else "")
+            + ". Nothing is stored as a result of this trial."
         )
 
     # ------------------------------------------------------------ randomness and arithmetic

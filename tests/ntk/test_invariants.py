@@ -63,7 +63,7 @@ VALUES = {"key": "value", "k_lin": "v_lin"}
 @pytest.mark.parametrize("name", list(KEYS))
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_constant_added_to_all_keys_changes_no_gradient_of_theirs(name, layer):
-    """Softmax over keys: Σ_t b_t = 0, so Σ_t b_t ⊗ (a_t - v) is the same for all v. Not of values."""
+    """As softmax is over keys, Σ_t b_t = 0: Σ_t b_t ⊗ (a_t - v) is one for all v, but of values."""
     key = KEYS[name].format(layer)
     last = key.rsplit(".", 1)[-1]
     value = key.removesuffix(last) + VALUES[last]
@@ -156,11 +156,12 @@ def test_a_lora_that_has_not_been_trained_gives_the_output_of_the_plain_model(na
         assert not torch.allclose(trained.readout(trained.model, plain.batch), expected)
 
 
-def test_dora_has_more_than_lora_and_a_larger_rank_more_than_a_smaller_one():
-    """K_DoRA - K_LoRA is the magnitudes' kernel, K of r = 4 minus r = 2 at one s that of two rows."""
+@pytest.fixture(scope="module")
+def start():
+    """LoRA of two ranks at s = 1 and DoRA, total kernels and DoRA's layers, all with the same A."""
     import peft
 
-    case = double_case("roberta")
+    case = double_case("roberta", "query.weight", "value.weight")
     common = {"target_modules": ["query", "value"], "bias": "none"}
     found = adapter_kernels(
         case.model,
@@ -172,7 +173,59 @@ def test_dora_has_more_than_lora_and_a_larger_rank_more_than_a_smaller_one():
             "dora 2": peft.LoraConfig(r=2, lora_alpha=2, use_dora=True, **common),
         },
     )
-    kernels = {name: sum(blocks.values()) for name, blocks in found.items()}
-    assert_positive_semidefinite(kernels["lora 2"])
-    assert_positive_semidefinite(kernels["dora 2"] - kernels["lora 2"])
-    assert_positive_semidefinite(kernels["lora 4"] - kernels["lora 2"])
+    return case, {name: sum(blocks.values()) for name, blocks in found.items()}, found["dora 2"]
+
+
+def test_dora_has_what_lora_has_and_magnitudes(start):
+    """K_DoRA - K_LoRA is positive semidefinite, the kernel of the magnitudes and nothing else."""
+    _, kernels, layers = start
+    gap = kernels["dora 2"] - kernels["lora 2"]
+    assert_positive_semidefinite(gap)
+    magnitudes = sum(block for name, block in layers.items() if name.endswith(".lora_magnitude"))
+    assert oracles.relative_error(gap, magnitudes) < 1e-10
+
+
+def test_a_larger_rank_has_what_a_smaller_one_has_and_the_rest_of_a(start):
+    """A sum over rows of A: K of r = 4 minus K of r = 2, at one s, is that of two rows."""
+    case, kernels, _ = start
+    gap = kernels["lora 4"] - kernels["lora 2"]
+    assert_positive_semidefinite(gap)
+    capture = Tracer(case.model, case.readout).capture(case.batch)
+    widths = dict.fromkeys(capture.parts, cases.HIDDEN)
+    rows = lora_matrices(widths, rank=4, seed=0, dtype=torch.float64)
+    rest = lora(capture, {group: own[2:] for group, own in rows.items()}, scale=1.0)
+    # The kernels above are of A in float32.
+    assert oracles.relative_error(gap, sum(gram(rest, rest).values())) < 1e-6
+
+
+# ---------------------------------------------------------------- finite differences
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert"])
+def test_a_step_along_a_gradient_moves_the_outputs_by_a_column_of_the_kernel(name):
+    """d/dε f(θ + ε ∇(aᵀ f)) = K a, by the difference of two passes: no derivative is involved."""
+    case = double_case(name)
+    kernel = matrix(whole(empirical_kernel(case.model, case.readout, case.batch)["sgd"]))
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    logits = case.readout(case.model, case.batch)
+    a = cases.normal(*logits.shape, seed=11)
+    gradients = torch.autograd.grad((a * logits).sum(), parameters, materialize_grads=True)
+    step = 1e-5 / float(kernel.diagonal().max())
+
+    def at(distance):
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter += distance * gradient
+            found = case.readout(case.model, case.batch)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= distance * gradient
+        return found.flatten()
+
+    found = (at(step) - at(-step)) / (2 * step)
+    expected = kernel @ a.flatten()
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def whole(blocks):
+    """Σ over layer groups."""
+    return torch.stack(list(blocks.values())).sum(0)
