@@ -24,6 +24,7 @@ _COLUMNS = {
     Criterion.loo_accuracy: "loo",
 }
 """Criteria that are shown; the table `selections` has all."""
+_LEFT_OUT = (Criterion.loo_error, Criterion.loo_accuracy)
 _SIGNS = {Expected.positive: "↑", Expected.negative: "↓"}
 _MAX_NAME = 44
 """Characters of a choice that are shown."""
@@ -53,8 +54,8 @@ def show_selections(found: Selections, screen: Screen) -> None:
         )
     if config.prompt.style is PromptStyle.none:
         screen.out.print(
-            "Note: the initial logits are those of a linear probe that was fitted to these "
-            "examples, so that grad, evid and loo flatter; compare choices, not numbers."
+            "Note: the linear probe was fitted to all of train: no leave-one-out accuracy, and the "
+            "marginal likelihood flatters."
         )
     for one in found.by_kind:
         _show_notes(one, screen)
@@ -74,6 +75,8 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
     shown = _COLUMNS | ({} if criterion in _COLUMNS else {criterion: criterion.value})
     for control in (Criterion.size, Criterion.num_parameters):  # these have columns of their own
         shown.pop(control, None)
+    if config.prompt.style is PromptStyle.none:
+        shown = {key: shown[key] for key in shown if key not in _LEFT_OUT}
     headings = [f"{name}{_SIGNS[PREDICTORS[key].expected]}" for key, name in shown.items()]
     screen.table(
         ["", config.select.candidates.value + "s", "params", *headings],

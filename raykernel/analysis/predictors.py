@@ -53,6 +53,9 @@ class Start:
     """Relative size of an eigenvalue of `kernel` that is rounding noise."""
     bound: float = math.inf
     """At least ||kernel||_op, where it is known: saves finding that of kernels without noise."""
+    is_f0_fitted: bool = False
+    """Whether f_0 was fitted to these labels, as a linear probe's is: then no example is left out
+    by leaving it out of the kernel."""
     size: int = 1
     """Candidates in the set."""
     num_parameters: int = 0
@@ -118,9 +121,10 @@ class Start:
 
     @cached_property
     def left_out(self) -> LeaveOneOut | None:
-        """Leave-one-out predictions with the ridge ε τ; None where that is noise and no ridge."""
+        """Leave-one-out predictions with the ridge ε τ; None of noise, or if f_0 was fitted."""
         seen = self.spectrum
-        if seen.num_unresolved == seen.size or (seen.num_unresolved and seen.sigma == 0):
+        hidden = seen.num_unresolved == seen.size or (seen.num_unresolved and seen.sigma == 0)
+        if hidden or self.is_f0_fitted:
             return None
         return leave_each_out(
             self.gram, self.targets, f0=self.f0, basis=self.basis, sigma=seen.sigma

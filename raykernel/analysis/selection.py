@@ -52,6 +52,8 @@ class Candidates:
     mean eigenvalue of all candidates' kernel."""
     resolution: float = 0.0
     """Relative size of an eigenvalue that is rounding noise."""
+    is_f0_fitted: bool = False
+    """Whether the initial logits were fitted to these labels."""
     seed: int = 0
     """Of the random control."""
     sigma: float = field(init=False)
@@ -85,19 +87,21 @@ class Candidates:
         Returns:
             What predictors score.
         """
-        mask = np.zeros(len(self.names))
-        mask[list(chosen)] = 1.0
-        flat = mask @ self.kernels.reshape(len(mask), -1)
+        kernel = self.kernels[chosen[0]].copy()
+        for i in chosen[1:]:
+            kernel += self.kernels[i]
         text = f"{self.seed}/{'/'.join(self.names[i] for i in chosen)}".encode()
         digest = hashlib.blake2b(text, digest_size=6).digest()
         return Start(
-            flat.reshape(self.kernels.shape[1:]),
+            kernel,
             self.targets,
             self.f0,
             sigma=self.sigma,
             ridge=self.ridge,
             resolution=self.resolution,
-            bound=float(mask @ self._tops),  # the norm of a sum is no more than the sum of norms
+            # The norm of a sum is no more than the sum of norms.
+            bound=float(self._tops[list(chosen)].sum()),
+            is_f0_fitted=self.is_f0_fitted,
             size=len(chosen),
             num_parameters=self.cost(chosen),
             draw=int.from_bytes(digest, "little") / 2**48,

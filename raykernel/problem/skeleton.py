@@ -1,6 +1,8 @@
-"""Linear layers of a plain model, by path and shape, from its configuration: without weights."""
+"""A model without its weights, from its configuration: its linear layers, and their LoRAs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,11 +11,34 @@ from transformers.pytorch_utils import Conv1D
 from raykernel.config import ModelConfig
 from raykernel.errors import InputError, nearest
 from raykernel.names import ends_in, last_parts
-from raykernel.problem.architectures import HEADS
+from raykernel.problem.architectures import HEADS, without_pooler
 from raykernel.problem.checkpoints import locate, read_config
 from raykernel.problem.hub import quiet
 from raykernel.problem.parameters import layer_index
 from raykernel.terms import Architecture
+
+
+def blank_model(model: ModelConfig, *, has_prompt: bool) -> nn.Module:
+    """A model without values: its modules and the shapes of their parameters.
+
+    Args:
+        model: which model.
+        has_prompt: whether it is a language model, or the encoder alone.
+
+    Returns:
+        The model on the meta device, in its plain class.
+    """
+    config = read_config(model, locate(model))
+    architecture = model.architecture if has_prompt else Architecture.encoder
+    auto_class: Any = HEADS[architecture][0]
+    with quiet(), torch.device("meta"):
+        module: nn.Module = auto_class.from_config(
+            config,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation="eager",
+            **without_pooler(architecture, config),
+        )
+    return module
 
 
 def layer_linears(model: ModelConfig, *, has_prompt: bool) -> dict[str, nn.Module]:
@@ -26,12 +51,7 @@ def layer_linears(model: ModelConfig, *, has_prompt: bool) -> dict[str, nn.Modul
     Returns:
         Layers without values, by their paths in the plain model.
     """
-    config = read_config(model, locate(model))
-    architecture = model.architecture if has_prompt else Architecture.encoder
-    with quiet(), torch.device("meta"):
-        module: nn.Module = HEADS[architecture][0].from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=model.trust_remote_code
-        )
+    module = blank_model(model, has_prompt=has_prompt)
     return {
         path: layer
         for path, layer in module.named_modules()

@@ -127,6 +127,14 @@ def test_left_out_examples_are_those_of_the_set_with_its_own_ridge(c: int) -> No
     assert accuracy == found.accuracy or (math.isnan(accuracy) and c == 1)
 
 
+def test_logits_that_know_the_labels_leave_no_example_out() -> None:
+    fitted = start_of(2, is_f0_fitted=True)
+    assert math.isnan(score(Criterion.loo_error, fitted))
+    assert math.isnan(score(Criterion.loo_accuracy, fitted))
+    for criterion in set(PREDICTORS) - {Criterion.loo_error, Criterion.loo_accuracy}:
+        assert score(criterion, fitted) == score(criterion, start_of(2)), criterion
+
+
 def test_what_every_added_layer_betters_is_monotone_and_nothing_else() -> None:
     """Over random layers with few features each, every score that says so moves its way."""
     rng = np.random.default_rng(2)
