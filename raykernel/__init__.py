@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from raykernel.adapters import adapter_kernels
     from raykernel.analysis.asymmetric import solve_asymmetric
+    from raykernel.analysis.layer_choice import select_layers
     from raykernel.analysis.logistic import solve_logistic
     from raykernel.analysis.ridge import solve_ridge
     from raykernel.analysis.spectrum import spectrum
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_kernels",
     "empirical_kernel",
     "open_store",
+    "select_layers",
     "solve_asymmetric",
     "solve_logistic",
     "solve_ridge",
@@ -42,6 +44,7 @@ _HOMES = {
     "adapter_kernels": "raykernel.adapters",
     "empirical_kernel": "raykernel.ntk.empirical",
     "open_store": "raykernel.store.blocks",
+    "select_layers": "raykernel.analysis.layer_choice",
     "solve_asymmetric": "raykernel.analysis.asymmetric",
     "solve_logistic": "raykernel.analysis.logistic",
     "solve_ridge": "raykernel.analysis.ridge",

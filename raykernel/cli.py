@@ -27,6 +27,8 @@ ABOUT = {
     "stores the results",
     "spectrum": "completes the kernel blocks of train, prints and stores condition numbers and "
     "ranks of every layer",
+    "select": "ranks choices of layers by their kernels before any training, prints and stores "
+    "them, and writes the best as an adapter_config.json for PEFT",
     "finetune": "fine-tunes the same problem, keeps the parameters that are best on dev, prints "
     "and stores the results; training.twin=true compares with the linear model",
     "behavior": "fine-tunes, and says whether that behaves like its kernel",
@@ -205,6 +207,14 @@ def run_spectrum(run: ComposedRun, screen: Screen) -> None:
     show_spectra(spectra(run.config, run.overrides, screen), screen)
 
 
+def run_select(run: ComposedRun, screen: Screen) -> None:
+    """`raykernel select`."""
+    from raykernel.selection_table import show_selections
+    from raykernel.selections import selections
+
+    show_selections(selections(run.config, run.overrides, screen), screen)
+
+
 def run_finetune(run: ComposedRun, screen: Screen) -> None:
     """`raykernel finetune`."""
     from raykernel.trials import run_trial, show_trial
@@ -291,6 +301,7 @@ RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
     "doctor": run_doctor,
     "kernel": run_kernel,
     "spectrum": run_spectrum,
+    "select": run_select,
     "finetune": run_finetune,
     "behavior": run_behavior,
 }

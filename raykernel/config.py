@@ -5,7 +5,7 @@ these objects. A field's string says its meaning, its unit and when to change it
 
 What decides a kernel's numbers is `task`, `prompt`, `model`, `parameters` and `kernel`; together
 with the chosen examples and the model's weights it is hashed into the kernel's fingerprint. How
-a kernel is computed (`compute`), kept (`store`) and used (`solver`, `spectrum`) is not.
+a kernel is computed (`compute`), kept (`store`) and used (`solver`, `spectrum`, `select`) is not.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from raykernel.errors import InputError
 from raykernel.terms import (
     Architecture,
+    CandidateUnit,
+    Criterion,
     ExecutorName,
     Kind,
     Loss,
@@ -663,6 +665,37 @@ class SpectrumConfig:
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    """Which choices of layers `raykernel select` ranks, and by what; none costs a new block.
+
+    Its ridge is `spectrum.ridge`.
+    """
+
+    criterion: Criterion = Criterion.regularised
+    """What ranks them; the table has the others beside."""
+    candidates: CandidateUnit = CandidateUnit.layer
+    """layer: transformer layers, each with all of `modules`; module: each module of each layer."""
+    modules: list[str] = field(default_factory=list)
+    """Linear layers to adapt, named as in PEFT; empty: the LoRA's own, else PEFT's default."""
+    max_size: int | None = None
+    """Candidates in a choice at the most."""
+    max_parameters: int | None = None
+    """Parameters that the LoRA of a choice trains at the most; rank and scale are `parameters`'."""
+    top: int = 10
+    """Choices to keep and to show."""
+    exhaustive: int = 65536
+    """Choices tried one by one at the most; of more, a greedy choice is improved by exchanges."""
+    seed: int = 0
+    """Of the random control."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_size", "max_parameters", "top"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"select.{name}", value, "at least 1")
+        require(self.exhaustive >= 0, "select.exhaustive", self.exhaustive, "at least 0")
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Where and with what resources blocks are computed; never part of a kernel's identity."""
 
@@ -722,6 +755,7 @@ class RunConfig:
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 

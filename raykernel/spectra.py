@@ -178,12 +178,12 @@ def layer_spectra(
                 left = leave(kernel, three[0])
                 alone[name] = _layers([name], counts, three, every, left, layer_group=name)
                 advance(1)
-    left, same = leave(whole, every[0]), _same(handle, whole, settings)
+    left, same = leave(whole, every[0]), same_gradients(handle, whole, settings)
     sums = [_layers(plain, counts, every, every, left, same=same)]
     for patterns in settings.sets:
         chosen = [name for name in select_groups(names, groups=patterns) if name in plain]
         kernel = handle.kernel(patterns, kind=kind.value, rows=train)
-        three, same = read(kernel), _same(handle, kernel, settings)
+        three, same = read(kernel), same_gradients(handle, kernel, settings)
         left = leave(kernel, three[0])
         sums.append(_layers(chosen, counts, three, every, left, patterns=patterns, same=same))
     return [*sums, *alone.values()]
@@ -213,10 +213,19 @@ def layer_changes(
     ]
 
 
-def _same(
+def same_gradients(
     handle: KernelHandle, kernel: Float[np.ndarray, "n c n c"], settings: SpectrumConfig
 ) -> tuple[tuple[str, str], ...]:
-    """Ids of train examples that a kernel does not tell apart."""
+    """Ids of train examples that a kernel does not tell apart.
+
+    Args:
+        handle: where their ids are.
+        kernel: K(train, train).
+        settings: how near they may be.
+
+    Returns:
+        Pairs of ids.
+    """
     ids = handle.examples()["id"].to_pylist()
     rounding = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
     pairs = duplicates(kernel, tolerance=settings.duplicate, rounding=rounding)

@@ -36,6 +36,7 @@ EXPERIMENTS = choices("experiment")
         "regularization",
         "behavior",
         "spectrum",
+        "select",
         "compute",
     ],
 )

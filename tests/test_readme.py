@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOINED = README.replace("\\\n", " ")
 COMMANDS = sorted(
-    set(re.findall(r"raykernel (?:kernel|plan|doctor|spectrum|finetune|behavior) [^`\n|]+", JOINED))
+    set(
+        re.findall(
+            r"raykernel (?:kernel|plan|doctor|spectrum|select|finetune|behavior) [^`\n|]+", JOINED
+        )
+    )
 )
 
 

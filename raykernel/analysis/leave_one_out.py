@@ -95,7 +95,7 @@ def leave_one_out(
     whole, relative = total(kernel, resolution)
     n, c = whole.shape[:2]
     start = np.zeros((n, c)) if f0 is None else _checked("f0", f0, (n, c))
-    missing = _checked("targets", targets, (n, c)) - start
+    _checked("targets", targets, (n, c))
     if not 0 <= sigma < math.inf:
         raise InputError(f"sigma: found {sigma}, expected a number ≥ 0.")
     chosen = choose_outputs(outputs, c)
@@ -105,8 +105,35 @@ def leave_one_out(
         )
     basis = contrast_basis(c) if chosen is Outputs.contrast else np.eye(c)
     gram, _ = project(whole, relative, outputs=chosen, centred=False, floor=floor)
-    left = _residuals(gram, missing @ basis, sigma) @ basis.T
-    return LeaveOneOut(targets, start + missing @ basis @ basis.T - left, left)
+    return leave_each_out(gram, targets, f0=start, basis=basis, sigma=sigma)
+
+
+def leave_each_out(
+    gram: Gram,
+    targets: Float[np.ndarray, "n c"],
+    *,
+    f0: Float[np.ndarray, "n c"],
+    basis: Float[np.ndarray, "c c2"],
+    sigma: float,
+) -> LeaveOneOut:
+    """The same of a kernel whose eigenbasis is known.
+
+    Args:
+        gram: of Qᵀ K Q.
+        targets: what f should be.
+        f0: initial logits.
+        basis: Q, an output a column.
+        sigma: the ridge σ.
+
+    Returns:
+        Residuals and predictions.
+
+    Raises:
+        InputError: if K_σ is singular.
+    """
+    missing = (targets - f0) @ basis
+    left = _residuals(gram, missing, sigma) @ basis.T
+    return LeaveOneOut(targets, f0 + missing @ basis.T - left, left)
 
 
 def _residuals(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -70,6 +73,24 @@ def check_architecture(model: ModelConfig, config: PretrainedConfig, *, has_prom
             "which sees nothing of the text in a causal LM; expected mean. "
             "Set model.pooling=mean."
         )
+
+
+def without_pooler(architecture: Architecture, config: PretrainedConfig) -> dict[str, bool]:
+    """Options of an encoder that has a layer which is not used.
+
+    Args:
+        architecture: as what the model is made.
+        config: its configuration.
+
+    Returns:
+        Keyword arguments of its class.
+    """
+    mapping = HEADS[architecture][1]
+    if architecture is not Architecture.encoder or type(config) not in mapping:
+        return {}
+    encoder: Any = mapping[type(config)]
+    has_option = "add_pooling_layer" in inspect.signature(encoder).parameters
+    return {"add_pooling_layer": False} if has_option else {}
 
 
 def _check_head(model: ModelConfig, config: PretrainedConfig) -> None:

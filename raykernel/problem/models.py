@@ -7,7 +7,6 @@ or, without a prompt, a linear head on an encoder. Weights come from a folder of
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.errors import InputError
-from raykernel.problem.architectures import HEADS, check_architecture
+from raykernel.problem.architectures import HEADS, check_architecture, without_pooler
 from raykernel.problem.batches import Batch
 from raykernel.problem.checkpoints import Checkpoint, locate, read_config
 from raykernel.problem.hub import SAFETENSORS, first_line, has_any, quiet
@@ -34,6 +33,7 @@ from raykernel.problem.readout import (
     read_label_words,
     restrict_head,
 )
+from raykernel.problem.skeleton import blank_model
 from raykernel.terms import Architecture, Precision
 
 _DTYPES = {
@@ -141,31 +141,13 @@ def check_parameters(
     Raises:
         InputError: if a name, a layer or an expression fits nothing, or nothing is left.
     """
-    config = read_config(model, locate(model))
-    architecture = model.architecture if label_ids else Architecture.encoder
+    blank: Any = blank_model(model, has_prompt=bool(label_ids))
     with quiet(), torch.device("meta"):
-        auto_class: Any = HEADS[architecture][0]
-        module = auto_class.from_config(
-            config,
-            trust_remote_code=model.trust_remote_code,
-            attn_implementation="eager",
-            **_without_pooler(architecture, config),
-        )
         if label_ids:
-            restrict_head(module, label_ids)
+            restrict_head(blank, label_ids)
         else:
-            module = Probed(module, model.pooling, num_labels=num_labels)
-        select_parameters(module, parameters)
-
-
-def _without_pooler(architecture: Architecture, config: PretrainedConfig) -> dict[str, Any]:
-    """Options of an encoder that has a layer which is not used."""
-    mapping = HEADS[architecture][1]
-    if architecture is not Architecture.encoder or type(config) not in mapping:
-        return {}
-    encoder: Any = mapping[type(config)]
-    has_option = "add_pooling_layer" in inspect.signature(encoder).parameters
-    return {"add_pooling_layer": False} if has_option else {}
+            blank = Probed(blank, model.pooling, num_labels=num_labels)
+        select_parameters(blank, parameters)
 
 
 def _load(
@@ -193,7 +175,7 @@ def _load(
                 trust_remote_code=model.trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
-                **_without_pooler(architecture, config),
+                **without_pooler(architecture, config),
             )
     except Exception as error:  # safetensors, transformers and remote code raise many types
         raise InputError(

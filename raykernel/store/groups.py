@@ -87,10 +87,11 @@ def layer_of(name: str) -> int | None:
 
 def module_of(name: str) -> str:
     """Last part of the path of a group's module; of an adapter that of the module it adapts."""
-    return _adapted(name).rsplit(".", 1)[-1]
+    return adapted_module(name).rsplit(".", 1)[-1]
 
 
-def _adapted(name: str) -> str:
+def adapted_module(name: str) -> str:
+    """Path of a group's module; of an adapter that of the module it adapts."""
     # An adapter's parameters belong to the module that it adapts: `…query.lora_A.default`.
     return name.split(".lora_")[0]
 
@@ -132,7 +133,7 @@ def _in_layers(plain: Sequence[str], layers: Sequence[int]) -> set[str]:
 
 
 def _ending_in(plain: Sequence[str], target: str) -> list[str]:
-    modules = {name: _adapted(name) for name in plain}
+    modules = {name: adapted_module(name) for name in plain}
     found = [name for name, path in modules.items() if ends_in(path, target)]
     if not found:
         raise InputError(

@@ -194,5 +194,8 @@ TABLES = {
     "bounds": Listing(RESULT_TABLES["bounds"].schema, partial(Store.results, table="bounds")),
     "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
     "spectra": Listing(RESULT_TABLES["spectra"].schema, partial(Store.results, table="spectra")),
+    "selections": Listing(
+        RESULT_TABLES["selections"].schema, partial(Store.results, table="selections")
+    ),
 }
 """By name, as SQL knows them."""

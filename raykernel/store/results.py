@@ -162,6 +162,64 @@ TABLES = {
         folder="kernels/{fingerprint}",
         stem="spectra",
     ),
+    "selections": ResultTable(
+        pa.schema(
+            [
+                ("fingerprint", pa.string()),  # of the kernel
+                ("kind", pa.string()),
+                ("settings", pa.string()),  # JSON: the whole group select
+                ("ridge", pa.float64()),
+                ("criterion", pa.string()),
+                ("rank", pa.int64()),  # 1: the best; null: all candidates, for comparison
+                ("candidates", _TEXTS),  # the choice
+                ("layers", pa.list_(pa.int64())),  # transformer layers that it lies in
+                ("target_modules", _TEXTS),  # whole paths in the plain model
+                ("adapter", pa.string()),  # folder of adapter_config.json; null: not the best
+                ("task", pa.string()),
+                ("model", pa.string()),
+                ("prompt", pa.string()),
+                ("k", pa.int64()),
+                ("seed", pa.int64()),
+                ("num_outputs", pa.int64()),
+                ("num_train", pa.int64()),
+                ("parameters", pa.string()),  # JSON: the whole group
+                ("num_scored", pa.int64()),  # choices that the criterion has scored
+                ("is_exhaustive", pa.bool_()),  # these are all within the budget
+                ("outputs", pa.string()),  # contrast: what softmax sees; full: a single one
+                ("num_rows", pa.int64()),
+                ("num_unresolved", pa.int64()),  # eigenvalues that are rounding noise
+                ("num_features", pa.int64()),  # rank at most; null: not counted
+                ("sigma", pa.float64()),  # ridge of all choices, in units of the kernel
+                ("size", pa.int64()),  # control: candidates in the choice
+                ("num_parameters", pa.int64()),  # control: that the LoRA trains
+                ("random", pa.float64()),  # control
+                (
+                    "condition_number",
+                    pa.float64(),
+                ),  # null: a number of it is noise, as in all that follow
+                ("regularised", pa.float64()),  # with ridge of its own mean
+                ("top_over_median", pa.float64()),
+                ("amgm_gap", pa.float64()),
+                ("effective_rank", pa.float64()),
+                ("trace", pa.float64()),
+                ("log_det", pa.float64()),  # with sigma, as the next
+                ("effective_dimension", pa.float64()),
+                ("alignment", pa.float64()),
+                ("gradient_norm", pa.float64()),
+                ("complexity", pa.float64()),  # with sigma
+                ("marginal_likelihood", pa.float64()),  # log, of a row
+                ("loo_error", pa.float64()),
+                ("loo_accuracy", pa.float64()),  # null: a single output
+                ("path", pa.string()),
+                ("created", _TIME),
+                ("overrides", _TEXTS),
+            ]
+        ),
+        key=("fingerprint", "kind", "settings", "ridge"),
+        folder="selections",
+        stem="selection",
+        order=("created", "rank"),
+    ),
     "trials": ResultTable(
         pa.schema(
             [

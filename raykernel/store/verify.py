@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from raykernel.store.trials import checksum
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
 _LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
+_ANSWERS = ("behavior", "selections")
+"""Tables that lie in a folder of their name."""
 _TRIAL_TABLES = {"trial": "trials", "curve": "curves", "twins": "twins", "bounds": "bounds"}
 _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
@@ -96,11 +99,11 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
         sorted(folder for folder in (store.path / name).glob("*") if folder.is_dir())
         for name in ("kernels", "trials")
     )
-    verdicts = [folder for folder in [store.path / "behavior"] if folder.is_dir()]
+    answers = [folder for name in _ANSWERS if (folder := store.path / name).is_dir()]
     checks = {
         **dict.fromkeys(kernels, _problems),
         **dict.fromkeys(trials, _trial_problems),
-        **dict.fromkeys(verdicts, _verdict_problems),
+        **dict.fromkeys(answers, _answer_problems),
     }
     for folder, problems in checks.items():
         files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
@@ -216,18 +219,30 @@ def _trial_problems(
             yield file, _reason(error, file), _damaged(error)
 
 
-def _verdict_problems(
+def _answer_problems(
     store: Store, folder: Path, files: list[Path]
 ) -> Iterator[tuple[Path, str, bool]]:
-    """Bad files of the table `behavior`, as `_problems` names them."""
-    del store, folder
-    for file in files:
+    """Bad files of a table with a folder of its own, as `_problems` names them."""
+    del store
+    table = TABLES[folder.name]
+    inside = [sorted(file.iterdir()) if file.is_dir() else [file] for file in files]
+    for file in (file for group in inside for file in group if not file.name.startswith(".")):
         try:
-            if not file.match("result-*.parquet"):
+            if file.match("selections/*/adapter_config.json"):
+                _check_json(file)
+            elif file.parent == folder and file.match(f"{table.stem}-*.parquet"):
+                read_row_file(file, table.schema)
+            else:
                 raise InputError("no file of a store; move it elsewhere")
-            read_row_file(file, TABLES["behavior"].schema)
         except InputError as error:
             yield file, _reason(error, file), _damaged(error)
+
+
+def _check_json(file: Path) -> None:
+    try:
+        json.loads(file.read_bytes())
+    except ValueError as error:
+        raise BlockCorruptError(damage(file, str(error))) from error
 
 
 def _check_weights(store: Store, trial: str, file: Path, table: str, column: str) -> None:

@@ -1,11 +1,11 @@
-"""A trained adapter as the folder that PEFT loads."""
+"""An adapter as the folder that PEFT loads: a trained one, or a choice of layers to train."""
 
 from __future__ import annotations
 
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,13 +43,10 @@ def write_adapter(
         module: with the adapters.
         values: of the trained parameters, by name.
         model: what the base is called.
-        parameters: rank and scale.
+        parameters: which adapter.
     """
     # A linear head is put around the encoder, which is the model that PEFT will be given.
     prefix = "model." if isinstance(module, Probed) else ""
-    config = _config(module, parameters, prefix)
-    config.base_model_name_or_path, config.revision = model.name, model.revision
-    config.inference_mode = True
     tensors = {
         "base_model.model." + _OWN.sub(r".\1", name.removeprefix(prefix)): _saved(value)
         for name, value in values.items()
@@ -57,29 +54,67 @@ def write_adapter(
     }
     make_folder(folder)
     commit(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    with tempfile.TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch)
-        commit(folder / "adapter_config.json", (Path(scratch) / "adapter_config.json").read_bytes())
+    _commit_config(folder, _config(module, parameters, prefix), model=model, is_trained=True)
+
+
+def write_adapter_config(
+    folder: Path,
+    targets: Mapping[str, nn.Module],
+    *,
+    model: ModelConfig,
+    parameters: ParametersConfig,
+) -> None:
+    """Commit `adapter_config.json`, from which PEFT makes the LoRA of chosen layers.
+
+    Args:
+        folder: where; made if it is not there.
+        targets: the linear layers by their whole paths in the plain model.
+        model: what the base is called.
+        parameters: rank and scale.
+    """
+    make_folder(folder)
+    _commit_config(folder, _lora(targets, parameters), model=model, is_trained=False)
 
 
 def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> PeftConfig:
     """What PEFT needs to add the same to the plain model."""
-    from peft import LoraConfig, PeftConfig  # takes a second
-
     if parameters.adapter is not None:
+        from peft import PeftConfig  # takes a second
+
         make: Callable[..., PeftConfig] = PeftConfig.from_peft_type
         return make(**json.loads(parameters.adapter))
-    places = [path for path, layer in module.named_modules() if hasattr(layer, "lora_A")]
-    layers = [module.get_submodule(path).get_submodule("base_layer") for path in places]
+    return _lora(
+        {
+            path.removeprefix(prefix): layer.get_submodule("base_layer")
+            for path, layer in module.named_modules()
+            if hasattr(layer, "lora_A")
+        },
+        parameters,
+    )
+
+
+def _lora(targets: Mapping[str, nn.Module], parameters: ParametersConfig) -> PeftConfig:
+    from peft import LoraConfig
+
     return LoraConfig(
         r=parameters.r,
         lora_alpha=parameters.lora_alpha,  # type: ignore[arg-type]  # only ever divided
         use_rslora=parameters.use_rslora,
-        target_modules=[path.removeprefix(prefix) for path in places],
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
+        target_modules=list(targets),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in targets.values()),
         lora_dropout=0.0,
         bias="none",
     )
+
+
+def _commit_config(
+    folder: Path, config: PeftConfig, *, model: ModelConfig, is_trained: bool
+) -> None:
+    config.base_model_name_or_path, config.revision = model.name, model.revision
+    config.inference_mode = is_trained  # a trained one is loaded for inference
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        commit(folder / "adapter_config.json", (Path(scratch) / "adapter_config.json").read_bytes())
 
 
 def _saved(value: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def store(tmp_path: Path) -> Store:
     store.write_result("behavior", verdict | {"solves": True})
     spectra = {"fingerprint": handle.fingerprint, "kind": "sgd", "groups": [], "ridge": 1e-3}
     store.write_results("spectra", [spectra | {"layer_group": name} for name in ("a", "b")])
+    chosen = {"fingerprint": handle.fingerprint, "kind": "sgd", "settings": "{}", "ridge": 1e-3}
+    store.write_results("selections", [chosen | {"rank": rank} for rank in (1, 2)])
     return store
 
 
