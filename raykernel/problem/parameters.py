@@ -154,12 +154,13 @@ def add_adapter(module: nn.Module, parameters: ParametersConfig) -> set[str]:
     before = {id(parameter) for parameter in module.parameters()}
     try:
         make: Callable[..., Any] = PeftConfig.from_peft_type
-        with warnings.catch_warnings():
+        # On the CPU and in PEFT's order: a function of configuration, model and seed.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             # A setting that PEFT does not know, a misspelt one for example, is no reason to it.
             warnings.filterwarnings("error", "Unexpected keyword arguments", UserWarning)
+            # It knows a Conv1D when it sees one, and says so.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
             config = make(**json.loads(parameters.adapter))
-        # On the CPU and in PEFT's order: a function of configuration, model and seed.
-        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(parameters.seed)
             inject_adapter_in_model(config, module)
     except (ValueError, TypeError, KeyError, NotImplementedError, UserWarning) as error:
