@@ -228,13 +228,14 @@ json.dump(found, sys.stdout)
 def test_when_memory_runs_out_chunks_are_halved(tmp_path: Path) -> None:
     sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}
     model = save_model(tmp_path / "model", num_hidden_layers=4, **sizes).name
-    limit = 90 * MIB  # at once it takes more than 120 MiB
+    limit = 100 * MIB  # at once it takes more than 120 MiB
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path), model, str(limit)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        # One arena: another thread's would take 64 MiB of addresses whenever it begins to allocate.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
