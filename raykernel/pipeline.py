@@ -221,6 +221,26 @@ def complete(
     return done.then(more)
 
 
+def complete_train(prepared: Prepared, screen: Screen) -> tuple[KernelHandle, Completion]:
+    """Compute what is missing of the kernel of train with itself, all that a spectrum needs.
+
+    Args:
+        prepared: the run.
+        screen: where progress is shown.
+
+    Returns:
+        The kernel, and how many blocks its train rows have and what the new ones cost.
+    """
+    if note := why_new(prepared, Store(prepared.config.store.path)):
+        screen.aside(note)
+    handle = open_kernel(prepared)
+    with contextlib.closing(LateExecutor(prepared.config.compute, screen)) as executor:
+        completion = complete_rows(
+            prepared, handle, handle.grid.train, executor=executor, screen=screen
+        )
+    return handle, completion
+
+
 def complete_rows(
     prepared: Prepared, handle: KernelHandle, rows: range, *, executor: Executor, screen: Screen
 ) -> Completion:

@@ -9,7 +9,6 @@ the full weights: the LoRA's is a random one whose mean is the full one's up to 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from raykernel.analysis.selection import Budget, Ranking, num_sets, search
 from raykernel.candidates import Member, find_members, stack_kernels
 from raykernel.config import RunConfig, canonical_json, require
 from raykernel.console import Screen
-from raykernel.jobs import LateExecutor
-from raykernel.pipeline import Completion, complete_rows, open_kernel, why_new
+from raykernel.pipeline import Completion, complete_train
 from raykernel.prepared import Prepared, prepare
 from raykernel.problem.skeleton import adapted_paths, layer_linears
 from raykernel.spectra import same_gradients
@@ -107,12 +105,7 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
     if config.parameters.method is not Method.lora or config.select.modules:
         paths = adapted_paths(linears, config.select.modules, prepared.config.model)
     store = Store(config.store.path)
-    if note := why_new(prepared, store):
-        screen.aside(note)
-    handle = open_kernel(prepared)
-    train = handle.grid.train
-    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
-        completion = complete_rows(prepared, handle, train, executor=executor, screen=screen)
+    handle, completion = complete_train(prepared, screen)
     found = []
     for kind in config.kernel.kinds:
         if not kind.is_symmetric:

@@ -11,7 +11,6 @@ changes.py says what a layer more or less does to a set.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,7 @@ from raykernel.changes import Change, change_columns, changes
 from raykernel.config import RunConfig, SpectrumConfig, canonical_json, require
 from raykernel.console import Screen
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
-from raykernel.jobs import LateExecutor
-from raykernel.pipeline import Completion, complete_rows, open_kernel, why_new
+from raykernel.pipeline import Completion, complete_train
 from raykernel.prepared import Prepared, example_labels, prepare
 from raykernel.store.blocks import Store
 from raykernel.store.groups import layer_of, module_of, parts, select_groups
@@ -108,12 +106,7 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
     require(bool(kinds), "kernel.kinds", names, "sgd or signgd: asigngd is not symmetric")
     prepared = prepare(config, screen)
     store = Store(config.store.path)
-    if note := why_new(prepared, store):
-        screen.aside(note)
-    handle = open_kernel(prepared)
-    train = handle.grid.train
-    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
-        completion = complete_rows(prepared, handle, train, executor=executor, screen=screen)
+    handle, completion = complete_train(prepared, screen)
     for kind in config.kernel.kinds:
         if kind not in kinds:
             screen.note(f"{kind.value} is not symmetric and has no spectrum: left out.")
@@ -123,7 +116,7 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
     if config.prompt.style is PromptStyle.none:
         screen.note("no leave-one-out accuracy: the linear probe was fitted to all of train.")
     else:
-        labels = example_labels(prepared.data)[: len(train)]
+        labels = example_labels(prepared.data)[: len(handle.grid.train)]
     found = Spectra(
         prepared,
         completion,
