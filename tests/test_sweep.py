@@ -115,7 +115,8 @@ def test_a_study_that_has_run_computes_nothing(place, capsys):
     assert main(["sweep", name, *arguments(name)]) == 0
     second = capsys.readouterr()
     assert second.out == first
-    assert second.err.startswith("Note: the setting is not") and second.err.count("\n") == 1
+    assert second.err.startswith("Note: the setting is not")
+    assert second.err.count("\n") == 1
     assert files_of(place / "store") == before
 
 
