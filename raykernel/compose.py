@@ -27,6 +27,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -113,7 +114,7 @@ def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
     check_spelling(list(arguments))
     quoted = [quote_null_prompt(argument) for argument in arguments]
     try:
-        overrides = OverridesParser.create().parse_overrides(quoted)
+        overrides = [_parsed(text) for text in quoted]
         keys = [str(override.get_key_element()) for override in overrides]
         choices = {*groups(), "experiment"}
         config = copy.deepcopy(
@@ -126,6 +127,13 @@ def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
     except (HydraException, OmegaConfBaseException):
         (run,) = compose_runs(command, list(arguments))  # which says what is wrong
         return run
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Override:
+    """One override; those of a study repeat in all of its runs."""
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 @lru_cache(maxsize=64)
@@ -299,6 +307,7 @@ def schema_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
+@lru_cache(maxsize=1)
 def groups() -> list[str]:
     """Configuration groups, that is, folders of conf/."""
     return [path.name for path in conf_dir().iterdir() if path.is_dir()]
