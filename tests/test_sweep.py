@@ -136,14 +136,18 @@ def test_the_table_is_that_of_the_stored_rows(place, capsys):
 
 def test_behavior_is_measured_at_the_learning_rate_that_dev_selects(place, capsys):
     name = "table5_linearized"
-    changes = {"training__learning_rate": "1e-6,0.05", "task__seed": "42"}
-    assert main(["sweep", name, *arguments(name, **changes)]) == 0
+    changes = {"training__learning_rate": "1e-6,1e30,0.05", "task__seed": "42"}
+    assert main(["sweep", name, *arguments(name, **changes)]) == 1
     trials = [row for row in Store("store").results("trials").to_pylist() if row["seed"] == 42]
     assert len(trials) == 2
     best = max(trials, key=lambda row: (row["dev"], -row["learning_rate"]))  # the first of equals
     (verdict,) = [r for r in Store("store").results("behavior").to_pylist() if r["seed"] == 42]
     assert verdict["trial"] == best["trial"]
-    assert "[3/3] Adam: task=file" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "[4/4] Adam: task=file" in printed.err
+    # One that diverges leaves no result, is said, and stops no other.
+    assert "3 of 4 runs are complete, 1 failed" in printed.out
+    assert re.search(r"learning_rate=1e\+30: training: at step \d of 2, .* was nan", printed.err)
 
 
 def test_one_kernel_serves_all_choices_of_layers(place, capsys):
