@@ -181,7 +181,9 @@ def flags_first(arguments: list[str]) -> list[str]:
     Returns:
         Flags, then overrides, each in their order.
     """
-    flags, overrides, takes_value = [], [], False
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
     for argument in arguments:
         flag = argument.startswith("-")
         (flags if flag or takes_value else overrides).append(argument)
