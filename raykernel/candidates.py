@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from raykernel.analysis.gram import DEAD
-from raykernel.analysis.selection import Candidates
+from raykernel.analysis.sets import Candidates
 from raykernel.analysis.targets import one_hot
 from raykernel.config import SelectConfig
 from raykernel.errors import InputError

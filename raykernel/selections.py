@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from raykernel.analysis.predictors import PREDICTORS, Start
-from raykernel.analysis.selection import Budget, Ranking, num_sets, search
+from raykernel.analysis.predictors import PREDICTORS
+from raykernel.analysis.selection import Ranking, num_sets, search
+from raykernel.analysis.sets import Budget
+from raykernel.analysis.start import Start
 from raykernel.candidates import Member, find_members, stack_kernels
 from raykernel.config import RunConfig, canonical_json, require
 from raykernel.console import Screen
