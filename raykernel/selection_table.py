@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 
 from raykernel.analysis.correlation import Expected
+from raykernel.analysis.pareto import objective
 from raykernel.analysis.predictors import PREDICTORS
+from raykernel.analysis.stability import Stability
+from raykernel.config import RunConfig
 from raykernel.console import Screen, counted, duration, short
-from raykernel.selections import KindSelection, RankedChoice, Selections
+from raykernel.ranked import KindSelection, RankedChoice
+from raykernel.selections import Selections
 from raykernel.terms import Criterion, Method, PromptStyle
 
 _COLUMNS = {
@@ -22,8 +26,16 @@ _COLUMNS = {
     Criterion.marginal_likelihood: "evid",
     Criterion.loo_error: "loo err",
     Criterion.loo_accuracy: "loo",
+    Criterion.relative_gradient_norm: "rgn",
+    Criterion.explained_variance: "eva",
+    Criterion.importance: "ada",
 }
 """Criteria that are shown; the table `selections` has all."""
+_BASELINES = (
+    Criterion.relative_gradient_norm,
+    Criterion.explained_variance,
+    Criterion.importance,
+)
 _LEFT_OUT = (Criterion.loo_error, Criterion.loo_accuracy)
 _SIGNS = {Expected.positive: "↑", Expected.negative: "↓"}
 _MAX_NAME = 44
@@ -75,19 +87,27 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
     shown = _COLUMNS | ({} if criterion in _COLUMNS else {criterion: criterion.value})
     for control in (Criterion.size, Criterion.num_parameters):  # these have columns of their own
         shown.pop(control, None)
+    hidden: tuple[Criterion, ...] = () if config.select.baselines else _BASELINES
     if config.prompt.style is PromptStyle.none:
-        shown = {key: shown[key] for key in shown if key not in _LEFT_OUT}
+        hidden += _LEFT_OUT
+    shown = {key: shown[key] for key in shown if key not in hidden}
     headings = [f"{name}{_SIGNS[PREDICTORS[key].expected]}" for key, name in shown.items()]
+    again = {
+        "halves": [choice.halves for choice in one.choices],
+        "seeds": [choice.seeds for choice in one.choices],
+    }
+    again = {name: own for name, own in again.items() if any(own)}
     screen.table(
-        ["", config.select.candidates.value + "s", "params", *headings],
+        ["", config.select.candidates.value + "s", "params", *again, *headings],
         [
             [
                 "all" if choice.rank is None else str(choice.rank),
                 _name(choice, one),
                 f"{choice.start.num_parameters:,}",
+                *(_ranks(own[row]) for own in again.values()),
                 *(_cell(key, choice) for key in shown),
             ]
-            for choice in one.choices
+            for row, choice in enumerate(one.choices)
         ],
         title=(
             f"{config.task.name}, {config.model.name}, k={config.task.k}, seed {config.task.seed}: "
@@ -96,7 +116,39 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
         ),
     )
     how = "all that the budget allows" if one.ranking.is_exhaustive else "greedy with exchanges"
+    if 0 < one.ranking.guarantee < 1:
+        how += f", at least {one.ranking.guarantee:.0%} of the best there is"
     screen.out.print(f"{counted(one.ranking.num_scored, 'choice')} scored: {how}.")
+    best = one.choices[0]
+    for ranks, samples in (
+        (best.halves, f"{config.select.halves} random halves of train"),
+        (best.seeds, f"{len(config.select.seeds) + 1} seeds of the LoRA's A"),
+    ):
+        if ranks is not None:
+            screen.out.print(
+                f"Stability: over {samples} the first choice is first of the {one.num_ranked} best "
+                f"in {ranks.first:.0%}; its rank is {ranks.best_rank} to {ranks.worst_rank}, "
+                f"{short(ranks.mean_rank)} in the mean."
+            )
+    if one.front:
+        _show_front(config, one, screen)
+
+
+def _show_front(config: RunConfig, one: KindSelection, screen: Screen) -> None:
+    """The choices that no other one beats in all objectives."""
+    select = config.select
+    signs = {key: _SIGNS[objective(key).expected] for key in select.objectives}
+    screen.table(
+        ["", select.candidates.value + "s", *(f"{k.value}{sign}" for k, sign in signs.items())],
+        [
+            [str(choice.front), _name(choice, one), *(_cell(key, choice) for key in signs)]
+            for choice in one.front[: select.top]
+        ],
+        title=f"Pareto front of {', '.join(key.value for key in signs)}",
+    )
+    whole = "of all that the budget allows" if one.is_front_exact else "of those NSGA-II tried"
+    more = f", {select.top} of them shown" if len(one.front) > select.top else ""
+    screen.out.print(f"{counted(len(one.front), 'choice')} on the front {whole}{more}.")
 
 
 def _show_notes(one: KindSelection, screen: Screen) -> None:
@@ -136,9 +188,16 @@ def _name(choice: RankedChoice, one: KindSelection) -> str:
     return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
 
 
+def _ranks(found: Stability | None) -> str:
+    """Lowest to highest rank."""
+    return "" if found is None else f"{found.best_rank}-{found.worst_rank}"
+
+
 def _cell(criterion: Criterion, choice: RankedChoice) -> str:
     if criterion is Criterion.condition_number and choice.is_singular:
         return "∞"
+    if criterion is Criterion.num_parameters:
+        return f"{choice.start.num_parameters:,}"
     score = choice.scores[criterion]
     return "?" if math.isnan(score) else short(score)
 

@@ -2,9 +2,10 @@
 
     kernels of the candidates → search under a budget → K_S = Σ_{l ∈ S} K_l → score of S
 
-Few sets are tried one by one. Of many, a greedy choice is improved by single additions, removals and
-exchanges; only of a submodular score (log det) is that known to come near the best. No set is
-ruled out by its parts: two singular kernels can sum to a multiple of the identity.
+Few sets are tried one by one. Of many, a greedy choice is improved by single additions, removals
+and exchanges; only of a submodular score (log det) under a budget of size is that known to come
+near the best. No set is ruled out by its parts: two singular kernels can sum to a multiple of the
+identity.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raykernel.analysis.predictors import Predictor
@@ -101,7 +102,9 @@ def single_sets(candidates: Candidates, budget: Budget) -> list[Chosen]:
     Raises:
         InputError: if there are none.
     """
-    alone = [(i,) for i in range(len(candidates.names)) if budget.allows(candidates, (i,))]
+    alone: list[Chosen] = [
+        (i,) for i in range(len(candidates.names)) if budget.allows(candidates, (i,))
+    ]
     if not alone:
         raise InputError(
             f"The budget allows no set: found max_size={budget.max_size} and "
@@ -113,7 +116,7 @@ def single_sets(candidates: Candidates, budget: Budget) -> list[Chosen]:
 
 def all_sets(candidates: Candidates, budget: Budget) -> Iterator[Chosen]:
     """Every set that a budget allows, small ones first."""
-    indices = [i for (i,) in single_sets(candidates, budget)]
+    indices = [one[0] for one in single_sets(candidates, budget)]
     largest = len(indices) if budget.max_size is None else min(len(indices), budget.max_size)
     for size in range(1, largest + 1):
         for chosen in itertools.combinations(indices, size):

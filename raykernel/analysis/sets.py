@@ -170,7 +170,7 @@ class Candidates:
     def batch(self) -> int:
         """Sets that are scored together."""
         # Their kernels, and what their eigendecomposition takes beside them.
-        return max(1, min(BATCH, BATCH_BYTES // (3 * self._seen[0].nbytes)))
+        return max(1, min(BATCH, BATCH_BYTES // int(3 * self._seen[0].nbytes)))
 
     def _baseline(self, chosen: Chosen) -> Baseline | None:
         if self.baselines is None:

@@ -105,7 +105,7 @@ class Start:
     @cached_property
     def kernel(self) -> Float[np.ndarray, "n c n c"]:
         """Their sum."""
-        whole = self.kernels[0].copy()
+        whole: np.ndarray = self.kernels[0].copy()
         for kernel in self.kernels[1:]:
             whole += kernel
         return whole
@@ -147,7 +147,9 @@ class Start:
     def _eigenvalues(self) -> Float[np.ndarray, " m"]:
         if self.known is not None and self.known.eigenvalues is not None:
             return self.known.eigenvalues
-        return np.linalg.eigvalsh(self.seen.reshape(self.missing.size, self.missing.size))
+        m = self.missing.size
+        values: Float[np.ndarray, " m"] = np.linalg.eigvalsh(self.seen.reshape(m, m))
+        return values
 
     @cached_property
     def _floor(self) -> float:

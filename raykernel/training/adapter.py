@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from raykernel.config import ModelConfig, ParametersConfig
+from raykernel.problem.parameters import layer_index
 from raykernel.problem.readout import Probed
+from raykernel.problem.skeleton import blank_model
 from raykernel.store.commit import commit, make_folder
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
 _OWN = re.compile(r"\.(\w+)\.default(?=\.|$)")
 """An adapter's parameters: PEFT keeps them under the adapter's name."""
@@ -63,17 +66,42 @@ def write_adapter_config(
     *,
     model: ModelConfig,
     parameters: ParametersConfig,
+    has_prompt: bool,
 ) -> None:
     """Commit `adapter_config.json`, from which PEFT makes the LoRA of chosen layers.
+
+    Where names of modules and indices of layers say the same as whole paths, it has these
+    (`target_modules`, `layers_to_transform`), as a person would write it.
 
     Args:
         folder: where; made if it is not there.
         targets: the linear layers by their whole paths in the plain model.
         model: what the base is called.
         parameters: rank and scale.
+        has_prompt: whether the plain model is a language model, or the encoder alone.
     """
+    from peft.tuners.tuners_utils import check_target_module_exists  # takes a second
+
     make_folder(folder)
-    _commit_config(folder, _lora(targets, parameters), model=model, is_trained=False)
+    config, short = _lora(targets, parameters), _lora(targets, parameters)
+    short.target_modules, short.layers_to_transform = _names_and_layers(targets)
+    every = [path for path, _ in blank_model(model, has_prompt=has_prompt).named_modules()]
+    if {path for path in every if check_target_module_exists(short, path)} == set(targets):
+        config = short
+    _commit_config(folder, config, model=model, is_trained=False)
+
+
+def _names_and_layers(paths: Iterable[str]) -> tuple[list[str], list[int]]:
+    """What follows the layer in some paths, as short as tells them apart, and the layers."""
+    layers, inner = set[int](), set[str]()
+    for path in paths:
+        layer = layer_index(path)
+        assert layer is not None, "candidates lie in transformer layers"
+        layers.add(layer)
+        inner.add(path.split(f".{layer}.", 1)[-1])
+    lasts = Counter(name.rpartition(".")[2] for name in inner)
+    names = {last if lasts[last := name.rpartition(".")[2]] == 1 else name for name in inner}
+    return sorted(names), sorted(layers)
 
 
 def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> PeftConfig:
@@ -93,7 +121,7 @@ def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> Pef
     )
 
 
-def _lora(targets: Mapping[str, nn.Module], parameters: ParametersConfig) -> PeftConfig:
+def _lora(targets: Mapping[str, nn.Module], parameters: ParametersConfig) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(

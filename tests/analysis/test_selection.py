@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raykernel.analysis.layer_choice import select_layers
-from raykernel.analysis.predictors import PREDICTORS, Reads
+from raykernel.analysis.predictors import PREDICTORS
 from raykernel.analysis.selection import Ranking, _greedy, _lazy_greedy, num_sets, search
 from raykernel.analysis.sets import BATCH, Budget, Candidates, Scores
 from raykernel.analysis.start import Baseline, Start
