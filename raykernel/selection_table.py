@@ -26,16 +26,13 @@ _COLUMNS = {
     Criterion.marginal_likelihood: "evid",
     Criterion.loo_error: "loo err",
     Criterion.loo_accuracy: "loo",
+}
+"""Criteria that are shown; the table `selections` has all."""
+_BASELINES = {
     Criterion.relative_gradient_norm: "rgn",
     Criterion.explained_variance: "eva",
     Criterion.importance: "ada",
 }
-"""Criteria that are shown; the table `selections` has all."""
-_BASELINES = (
-    Criterion.relative_gradient_norm,
-    Criterion.explained_variance,
-    Criterion.importance,
-)
 _LEFT_OUT = (Criterion.loo_error, Criterion.loo_accuracy)
 _SIGNS = {Expected.positive: "↑", Expected.negative: "↓"}
 _MAX_NAME = 44
@@ -84,30 +81,23 @@ def show_selections(found: Selections, screen: Screen) -> None:
 def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
     prepared, config = found.prepared, found.prepared.config
     criterion = config.select.criterion
-    shown = _COLUMNS | ({} if criterion in _COLUMNS else {criterion: criterion.value})
+    known = _COLUMNS | _BASELINES
+    shown = _COLUMNS | ({} if criterion in known else {criterion: criterion.value})
     for control in (Criterion.size, Criterion.num_parameters):  # these have columns of their own
         shown.pop(control, None)
-    hidden: tuple[Criterion, ...] = () if config.select.baselines else _BASELINES
     if config.prompt.style is PromptStyle.none:
-        hidden += _LEFT_OUT
-    shown = {key: shown[key] for key in shown if key not in hidden}
+        shown = {key: shown[key] for key in shown if key not in _LEFT_OUT}
     headings = [f"{name}{_SIGNS[PREDICTORS[key].expected]}" for key, name in shown.items()]
-    again = {
-        "halves": [choice.halves for choice in one.choices],
-        "seeds": [choice.seeds for choice in one.choices],
-    }
-    again = {name: own for name, own in again.items() if any(own)}
     screen.table(
-        ["", config.select.candidates.value + "s", "params", *again, *headings],
+        ["", config.select.candidates.value + "s", "params", *headings],
         [
             [
-                "all" if choice.rank is None else str(choice.rank),
+                _number(choice),
                 _name(choice, one),
                 f"{choice.start.num_parameters:,}",
-                *(_ranks(own[row]) for own in again.values()),
                 *(_cell(key, choice) for key in shown),
             ]
-            for row, choice in enumerate(one.choices)
+            for choice in one.choices
         ],
         title=(
             f"{config.task.name}, {config.model.name}, k={config.task.k}, seed {config.task.seed}: "
@@ -119,7 +109,36 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
     if 0 < one.ranking.guarantee < 1:
         how += f", at least {one.ranking.guarantee:.0%} of the best there is"
     screen.out.print(f"{counted(one.ranking.num_scored, 'choice')} scored: {how}.")
+    _show_again(config, one, screen)
+    if one.front:
+        _show_front(config, one, screen)
+
+
+def _show_again(config: RunConfig, one: KindSelection, screen: Screen) -> None:
+    """The same choices on other samples, and by what people choose by today."""
     best = one.choices[0]
+    columns: dict[str, list[str]] = {}
+    if best.halves:
+        columns["ranks on halves"] = [_ranks(choice.halves) for choice in one.choices]
+    if best.seeds:
+        columns["ranks by seed"] = [_ranks(choice.seeds) for choice in one.choices]
+    if config.select.baselines:
+        for key, name in _BASELINES.items():
+            heading = f"{name}{_SIGNS[PREDICTORS[key].expected]}"
+            columns[heading] = [_cell(key, choice) for choice in one.choices]
+    if columns:
+        screen.table(
+            ["", f"{config.select.candidates.value}s", *columns],
+            [
+                [_number(choice), _name(choice, one), *(cells[row] for cells in columns.values())]
+                for row, choice in enumerate(one.choices)
+            ],
+            title="The same choices: "
+            + " and ".join(
+                ["ranked again"] * bool(best.halves or best.seeds)
+                + ["what people choose by today"] * config.select.baselines
+            ),
+        )
     for ranks, samples in (
         (best.halves, f"{config.select.halves} random halves of train"),
         (best.seeds, f"{len(config.select.seeds) + 1} seeds of the LoRA's A"),
@@ -130,8 +149,6 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
                 f"in {ranks.first:.0%}; its rank is {ranks.best_rank} to {ranks.worst_rank}, "
                 f"{short(ranks.mean_rank)} in the mean."
             )
-    if one.front:
-        _show_front(config, one, screen)
 
 
 def _show_front(config: RunConfig, one: KindSelection, screen: Screen) -> None:
@@ -179,6 +196,10 @@ def _show_notes(one: KindSelection, screen: Screen) -> None:
             f"{', '.join(pairs[:10])}{more}. They decide the smallest eigenvalue: leave one out.",
             markup=False,
         )
+
+
+def _number(choice: RankedChoice) -> str:
+    return "all" if choice.rank is None else str(choice.rank)
 
 
 def _name(choice: RankedChoice, one: KindSelection) -> str:

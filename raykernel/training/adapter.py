@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from raykernel.config import ModelConfig, ParametersConfig
+from raykernel.names import ends_in
 from raykernel.problem.parameters import layer_index
 from raykernel.problem.readout import Probed
 from raykernel.problem.skeleton import blank_model
@@ -84,24 +84,26 @@ def write_adapter_config(
 
     make_folder(folder)
     config, short = _lora(targets, parameters), _lora(targets, parameters)
-    short.target_modules, short.layers_to_transform = _names_and_layers(targets)
     every = [path for path, _ in blank_model(model, has_prompt=has_prompt).named_modules()]
+    short.target_modules, short.layers_to_transform = _names_and_layers(targets, every)
     if {path for path in every if check_target_module_exists(short, path)} == set(targets):
         config = short
     _commit_config(folder, config, model=model, is_trained=False)
 
 
-def _names_and_layers(paths: Iterable[str]) -> tuple[list[str], list[int]]:
-    """What follows the layer in some paths, as short as tells them apart, and the layers."""
-    layers, inner = set[int](), set[str]()
+def _names_and_layers(
+    paths: Collection[str], every: Collection[str]
+) -> tuple[list[str], list[int]]:
+    """The ends of some paths that no other module of their layers has, and the layers."""
+    layers = {layer_index(path) for path in paths}
+    others = [path for path in every if layer_index(path) in layers and path not in paths]
+    names = set()
     for path in paths:
-        layer = layer_index(path)
-        assert layer is not None, "candidates lie in transformer layers"
-        layers.add(layer)
-        inner.add(path.split(f".{layer}.", 1)[-1])
-    lasts = Counter(name.rpartition(".")[2] for name in inner)
-    names = {last if lasts[last := name.rpartition(".")[2]] == 1 else name for name in inner}
-    return sorted(names), sorted(layers)
+        parts = path.split(f".{layer_index(path)}.", 1)[-1].split(".")
+        ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        own = (end for end in ends if not any(ends_in(other, end) for other in others))
+        names.add(next(own, ends[-1]))
+    return sorted(names), sorted(layer for layer in layers if layer is not None)
 
 
 def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> PeftConfig:
