@@ -69,9 +69,9 @@ def find_members(prepared: Prepared, linears: Mapping[str, nn.Module]) -> list[M
             ends_in(path, name) for path in held
         ):
             raise InputError(
-                f"select.modules: {name!r} is a module of the model, but its weights do not vary "
-                f"in this kernel (parameters.method={config.parameters.method.value}); "
-                f"{nearest(name, last_parts(held))} Name others, or widen the group parameters."
+                f"select.modules: {name!r} is a module of the model whose weights do not vary in "
+                f"this kernel (parameters.method={config.parameters.method.value}), expected one "
+                f"that does. Widen the group parameters, or {nearest(name, last_parts(held))}"
             )
     paths: Sequence[str] = held
     if config.parameters.method is not Method.lora or modules:
@@ -80,8 +80,7 @@ def find_members(prepared: Prepared, linears: Mapping[str, nn.Module]) -> list[M
     if not paths:
         raise InputError(
             f"select.modules: found none of {len(linears)} linear layers among what varies in "
-            f"this kernel, expected some. {nearest('', last_parts(held))} Choose parameters that "
-            "have them, or other modules."
+            "this kernel, expected some. Choose parameters that have them, or other modules."
         )
     places: dict[str, list[str]] = {}
     for path in paths:

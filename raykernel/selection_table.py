@@ -56,6 +56,12 @@ def show_selections(found: Selections, screen: Screen) -> None:
         "leave-one-out error and accuracy of kernel\nregression. ↑ larger is better in theory, ↓ "
         "smaller; none is a law. The table `selections` has more."
     )
+    if config.select.baselines:
+        screen.out.print(
+            "rgn: norm of the gradient over that of the weights (Auto-RGN); eva: share of inputs' "
+            f"variance that {config.parameters.r} directions explain, summed over\nmodules (EVA); "
+            "ada: AdaLoRA's importance of weights, before training, summed over modules."
+        )
     if config.parameters.method is not Method.lora:
         screen.out.print(
             "Note: the kernel is that of the layers' own weights, around which a LoRA's is random; "

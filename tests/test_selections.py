@@ -318,7 +318,7 @@ def test_a_damaged_adapter_is_named_and_removed(found: Selections) -> None:
         ("parameters=lora parameters.target_modules=[query] select.modules=[valu]", "'value'"),
         (
             "parameters=lora parameters.target_modules=[query] select.modules=[query,key]",
-            "'key' is a module of the model, but its weights do not vary in this kernel",
+            "'key' is a module of the model whose weights do not vary in this kernel",
         ),
         ("parameters.include=[LayerNorm]", "found none of 18 linear layers among what varies"),
         ("select.halves=3", "an even number, or 0"),
