@@ -392,6 +392,21 @@ def arm_points(plan: Plan, arm: Arm, found: Sequence[Done]) -> list[Point]:
     return points
 
 
+def _count(plan: Plan, found: Sequence[Done]) -> int:
+    """Runs that the study has, now that the arms which others wait for have ended."""
+    settings, total = plan.settings(), 0
+    for arm in plan.study.arms:
+        if plan.is_searched(arm, settings):  # choices can coincide
+            total += sum(done.point.arm == arm.name for done in found)
+        elif arm.choose is None:
+            total += len(plan.cells()) * (1 if arm.like else len(plan.points(arm, ())))
+        else:
+            own = arm_points(plan, arm, found)
+            empty = len(plan.cells()) - len({point.cell for point in own})
+            total += len(own) + empty * arm.num_chosen
+    return total
+
+
 # ---------------------------------------------------------------- -m
 
 
@@ -486,9 +501,7 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
         The exit code.
     """
     study = plan.study
-    total = plan.count(plan.settings())
-    if any(plan.is_searched(arm, plan.settings()) for arm in study.arms):
-        total = len(found)  # choices can coincide
+    total = _count(plan, found)
     rows = [row for done in found for row in done.rows]
     failed = [done.ended for done in found if done.ended.status is RunStatus.failed]
     stopped = sum(done.ended.status is RunStatus.stopped for done in found)
