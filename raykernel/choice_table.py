@@ -32,12 +32,12 @@ _ARROWS = {Expected.positive: "↑", Expected.negative: "↓"}
 _LABELS = {Criterion.regularised: "κ", Criterion.condition_number: "κ raw"}
 _NOTE = (
     "ρ > 0: choices that the criterion prefers had a higher accuracy, a lower loss; criteria are "
-    f"of the kernel with one lora_alpha. p: share of all orders of the choices (of more than "
+    "of the kernel with one lora_alpha. p: share of all orders of the choices (of more than "
     f"{EXACT_SIZE}: of {DRAWS + 1:,}), the same in every sample. |trace: ρ with the trace held "
-    "fixed. regret: accuracy of the best choice less that of the criterion's first. another "
-    "sample: the same of another sample's results, the noise ceiling. All choices have as many "
-    "layers."
+    "fixed. regret: accuracy of the best choice less that of the criterion's first. All choices "
+    "have as many layers."
 )
+_NOTE_ON_SAMPLES = "another sample: ρ and regret of another sample's results, the noise ceiling."
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class ChoiceTable:
         known = [arm for arm, samples in by_arm.items() if samples]
         sheets = [self._choices(by_arm)]
         for arm in known:
-            notes = [_NOTE, self.next_step] if arm == known[-1] else []
+            repeated = _NOTE_ON_SAMPLES if len(by_arm[arm]) > 1 else ""
+            notes = [_NOTE, repeated, self.next_step] if arm == known[-1] else []
             sheets.append(self._correlations(arm, by_arm[arm], notes))
         return sheets
 

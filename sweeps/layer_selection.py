@@ -10,7 +10,7 @@ from raykernel.study import Arm, Study
 from raykernel.terms import Command
 
 NUMBER = 15  # of MiniLM's six layers all pairs
-SCALES = {"one learning rate": None, "equal trace": "trace", "equal top eigenvalue": "top"}
+SCALES = {"fixed rate": None, "equal trace": "trace", "equal top": "top"}
 
 study = Study(
     question="Does the NTK at the start foretell which layers' LoRA trains and predicts best?",

@@ -179,7 +179,7 @@ def test_choices_of_equal_scale_have_kernels_of_one_trace(place, capsys):
     assert main(["sweep", name, *arguments(name)]) == 0
     capsys.readouterr()
     runs = [row for row in Store("store").results("runs").to_pylist() if row["study"] == name]
-    for arm, column in (("equal trace", "trace"), ("equal top eigenvalue", "top")):
+    for arm, column in (("equal trace", "trace"), ("equal top", "top")):
         scales = {}
         for run in runs:
             if run["arm"] == arm:
