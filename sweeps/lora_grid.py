@@ -1,7 +1,4 @@
-"""Which LoRA: rank, scale, modules, learning rate and pull to the start, by Optuna's TPE.
-
-The kernel of the LoRA that dev selects stands beside it.
-"""
+"""Which LoRA (rank, scale, modules, learning rate, λ), by Optuna's TPE; beside it, its kernel."""
 
 from raykernel.study import Arm, Line, Study, TaskTable
 from raykernel.terms import Command
@@ -16,11 +13,13 @@ SPACE = {
 DEMO = SPACE | {
     "parameters.r": "2,8",
     "parameters.target_modules": "[query,value],[key]",
+    "training.learning_rate": "tag(log,interval(1e-3,3e-2))",
     "regularization.lam": "0,1",
 }
 LORA = Arm("LoRA", Command.finetune, {"parameters": "lora"}, SPACE, demo=DEMO)
 KERNEL = Arm("K(LoRA)", Command.kernel, {"parameters": "lora"}, like=LORA.name)
 LINES = [
+    Line("linear probe", LORA.name, "linear_probe"),
     Line(LORA.name, LORA.name, "finetuned"),
     Line(KERNEL.name, KERNEL.name, "kernel_regression"),
 ]
