@@ -1,0 +1,102 @@
+"""What a figure of the report is: its words, its data, and how it is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from raykernel.console import short
+
+WIDTH, HEIGHT = 3.5, 2.65
+"""Of a panel, in inches: as wide as a phone."""
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+Line = Literal["", "-", "--", ":"]
+"""How points are joined; empty: not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """An entry of the legend."""
+
+    label: str
+    colour: str
+    """A key of `ink.PALETTE`, or a colour."""
+    marker: str = ""
+    """One of `o s ^ D v P`; empty: none."""
+    line: Line = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One pair of axes; a page stacks the panels of a figure where there is no room."""
+
+    title: str
+    """The quantity on the vertical axis with its unit, written above it."""
+    draw: Callable[[Axes], None]
+    height: float = HEIGHT
+    """In inches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A figure."""
+
+    name: str
+    """Of its files."""
+    title: str
+    finding: str
+    """What it shows: a sentence that is made of the data."""
+    alt: str
+    """What is drawn, for those who do not see it."""
+    made: str
+    """SQL over the store's tables, or what else the data come from."""
+    data: pa.Table
+    panels: Sequence[Panel]
+    series: Sequence[Series] = ()
+    """The legend; empty: none."""
+    section: str = ""
+    """Heading that it stands under."""
+
+
+# ---------------------------------------------------------------- axes
+
+
+def power(value: float) -> str:
+    """A tick of a logarithmic axis: powers of ten beyond a thousand as such."""
+    if value <= 0:
+        return f"{value:g}"
+    exponent = round(math.log10(value))
+    is_power = math.isclose(value, 10.0**exponent, rel_tol=1e-9)
+    if is_power and (exponent > 3 or exponent < -2):
+        return "10" + str(exponent).translate(_SUPERSCRIPTS)
+    return short(value)
+
+
+def logarithmic(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as text, without TeX; few decades have ticks between."""
+    low, high = sorted(axis.get_view_interval())
+    few = low > 0 and math.log10(high / low) < 1.5
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def percent(value: float) -> str:
+    """A share of one, as `86.7 %`."""
+    return f"{100 * value:.1f} %"
