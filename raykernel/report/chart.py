@@ -97,6 +97,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
+def fitted(text: str, length: int) -> str:
+    """A text that leaves room for what it stands beside: its beginning, where it is too long."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def percent(value: float) -> str:
     """A share of one, as `86.7 %`."""
     return f"{100 * value:.1f} %"

@@ -246,21 +246,22 @@ def cost_chart(evidence: Evidence) -> Chart | None:
     by_result: dict[str, list[Row]] = {}
     for row in rows:
         by_result.setdefault(row["result"], []).append(row)
-    total = sum(row["seconds"] for row in rows)
+    total, height = sum(row["seconds"] for row in rows), 0.9 + 0.42 * len(by_result)
     most = max(rows, key=lambda row: row["peak_memory_bytes"] or 0)
     return Chart(
         "cost",
         "Time and memory",
         f"{counted(len(rows), 'result')} took {duration(total)} of workers in all; the most memory "
         f"was {size(most['peak_memory_bytes'] or 0)} ({_NAMES[most['result']]}, {most['task']}).",
-        "Strip charts of seconds and of peak memory, a dot for each result, on logarithmic axes.",
+        "Strip charts of seconds, on a logarithmic axis, and of memory, a dot for each result.",
         sql,
         pa.Table.from_pylist([dict(row) for row in rows]),
         [
-            Panel("seconds of a result", partial(_strip, by_result, "seconds", 1.0)),
+            Panel("seconds of a result", partial(_strip, by_result, "seconds", 1.0), height),
             Panel(
                 "peak memory of a worker, GiB",
                 partial(_strip, by_result, "peak_memory_bytes", 2.0**30),
+                height,
             ),
         ],
         section=HISTORY,
@@ -276,8 +277,11 @@ def _strip(by_result: Mapping[str, Sequence[Row]], column: str, unit: float, axe
             axes.plot([middle], [line], "|", color=colour("ink"), ms=16, mew=1.4)
     axes.grid(visible=False)
     axes.grid(visible=True, axis="x")
-    axes.set_xscale("log")
-    logarithmic(axes.xaxis)
+    if column == "seconds":  # from milliseconds to hours
+        axes.set_xscale("log")
+        logarithmic(axes.xaxis)
+    else:
+        axes.set_xlim(left=0)
     axes.set_yticks(range(len(by_result)), [_NAMES[name] for name in by_result])
     axes.set_ylim(len(by_result) - 0.5, -0.5)
     axes.set_xlabel(f"{'GiB' if unit > 1 else 'seconds'}, each result a dot, the median a bar")

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator
 
-from raykernel.report.chart import WIDTH, Chart, Panel, Series
+from raykernel.report.chart import WIDTH, Chart, Panel, Series, fitted
 
 PALETTE: Mapping[str, tuple[str, str]] = {
     "blue": ("#0072b2", "#56a8e0"),
@@ -37,6 +37,9 @@ PALETTE: Mapping[str, tuple[str, str]] = {
 """In light and in dark; hues of Okabe and Ito, darker on white where theirs are pale."""
 CYCLE = ("blue", "vermillion", "green", "purple", "orange", "sky")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+
+_TITLE = 52
+"""Letters of a panel's title that fit."""
 
 _STYLE: Mapping[Any, object] = {
     "svg.fonttype": "none",
@@ -172,7 +175,7 @@ def _whole(chart: Chart) -> Figure:
 
 def _draw(figure: Figure, panel: Panel, place: tuple[int, int, int] = (1, 1, 1)) -> None:
     axes = figure.add_subplot(*place)
-    axes.set_title(panel.title)
+    axes.set_title(fitted(panel.title, _TITLE))
     panel.draw(axes)
     for axis in (axes.xaxis, axes.yaxis):
         locator = axis.get_major_locator()

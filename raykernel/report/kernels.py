@@ -23,7 +23,7 @@ from raykernel.analysis.spectrum import Spectrum, spectrum
 from raykernel.analysis.targets import one_hot
 from raykernel.console import counted, short
 from raykernel.errors import RaykernelError
-from raykernel.report.chart import Chart, Panel, Series, logarithmic, power
+from raykernel.report.chart import Chart, Panel, Series, fitted, logarithmic, power
 from raykernel.report.evidence import Evidence
 from raykernel.report.ink import colour
 from raykernel.spectra import resolution_of
@@ -367,7 +367,7 @@ def _heat(grid: Grid, *, is_log: bool) -> Callable[[Axes], None]:
         axes.tick_params(axis="y", labelsize=6.5 if len(grid.modules) <= 12 else 5.5)
         axes.set_xlabel("transformer layer")
         if matrix.size <= MAX_TEXT and len(grid.layers) <= 6:
-            _write(axes, matrix, norm)
+            _write(axes, matrix, norm, short if is_log else "{:.2f}".format)
         else:
             assert axes.figure is not None, "panels are drawn on a figure"
             bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03)
@@ -378,13 +378,18 @@ def _heat(grid: Grid, *, is_log: bool) -> Callable[[Axes], None]:
     return draw
 
 
-def _write(axes: Axes, matrix: Float[np.ndarray, "modules layers"], norm: Normalize) -> None:
+def _write(
+    axes: Axes,
+    matrix: Float[np.ndarray, "modules layers"],
+    norm: Normalize,
+    text: Callable[[float], str],
+) -> None:
     """The number in every cell, light on dark and dark on light."""
     for (line, column), value in np.ndenumerate(matrix):
         if math.isfinite(value):
             dark = float(norm(value)) < 0.55
             axes.text(
-                column, line, short(float(value)), ha="center", va="center", fontsize=6.5,
+                column, line, text(float(value)), ha="center", va="center", fontsize=6.5,
                 color="#fefefe" if dark else "#101010",
             )  # fmt: skip
 
@@ -392,4 +397,4 @@ def _write(axes: Axes, matrix: Float[np.ndarray, "modules layers"], norm: Normal
 def _cut(name: str) -> str:
     """A module's path with its first parts by their initials, where it is long."""
     *first, last = name.split(".")
-    return name if len(name) <= 22 else ".".join([*(part[:4] for part in first), last])
+    return name if len(name) <= 22 else fitted(".".join([*(part[:4] for part in first), last]), 22)

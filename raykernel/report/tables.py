@@ -149,7 +149,11 @@ def _table(name: str, title: str, sql: str, data: pa.Table) -> PageTable:
     rows: list[Row] = data.slice(0, MAX_ROWS).to_pylist()
     # What is the same in every row is said once. The CSV has all.
     whole = {c: data[c].to_pylist() for c in data.column_names}
-    same = [c for c, own in whole.items() if len(rows) > 1 and all(v == own[0] for v in own)]
+    same = [
+        name
+        for name, own in whole.items()
+        if all(value == own[0] for value in own) and (len(own) > 1 or own[0] is None)
+    ]
     shown = [c for c in data.column_names if c not in same]
     cells = [[cell(column, row[column]) for column in shown] for row in rows]
     notes = [f"{c} {cell(c, whole[c][0])}" for c in same if whole[c][0] is not None]

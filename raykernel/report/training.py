@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,17 @@ from raykernel.analysis.correlation import (
 )
 from raykernel.console import counted, short
 from raykernel.convergence import LEVEL, Trained, matched
-from raykernel.report.chart import HEIGHT, Chart, Line, Panel, Series, listed, logarithmic, percent
+from raykernel.report.chart import (
+    HEIGHT,
+    Chart,
+    Line,
+    Panel,
+    Series,
+    fitted,
+    listed,
+    logarithmic,
+    percent,
+)
 from raykernel.report.evidence import Evidence
 from raykernel.report.ink import CYCLE, MARKERS, colour
 from raykernel.study import Row
@@ -159,7 +169,7 @@ def _correlation_sentence(found: Mapping[tuple[str, str], Sequence[RankCorrelati
     every = [one for each in found.values() for one in each if not math.isnan(one.rho)]
     sure = sum(one.p_value <= LEVEL for one in every)
     return (
-        f"Spearman's ρ of κ {'; '.join(parts)}. p ≤ {LEVEL:g} in {sure} of "
+        f"Spearman's ρ of κ {'; '.join(parts)}. p\u00a0≤\u00a0{LEVEL:g} in {sure} of "
         f"{counted(len(every), 'correlation')} within a data set."
     )
 
@@ -432,7 +442,7 @@ def methods_chart(evidence: Evidence) -> Chart | None:
         "Dot plot with a line for each task and k: test scores of the start, of kernel regression "
         "and of fine-tuning, the median over seeds with the range as a bar.",
         _METHODS,
-        pa.Table.from_pylist([dict(row) for own in both.values() for row in own]),
+        pa.Table.from_pylist([dict(row) for row in rows]),
         [_dot_panel("score on test, %", dots, series)],
         series,
         SECTION,
@@ -519,6 +529,12 @@ def _solves_sentence(dots: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     )
 
 
+def _tick_labels(names: Iterable[str]) -> list[str]:
+    """Task and what tells it apart, one above the other."""
+    pairs = (name.rsplit(" k=", 1) for name in names)
+    return [f"{fitted(task, 20)}\n{fitted(f'k={rest}', 24)}" for task, rest in pairs]
+
+
 def _dot_panel(
     title: str, dots: Mapping[str, Mapping[str, Sequence[float]]], series: Sequence[Series]
 ) -> Panel:
@@ -543,6 +559,6 @@ def _dots(
         axes.axhline(line - 0.5, color=colour("rule"), lw=0.6)
     axes.grid(visible=False)
     axes.grid(visible=True, axis="x")
-    axes.set_yticks(range(len(dots)), [name.replace(" k=", "\nk=", 1) for name in dots])
+    axes.set_yticks(range(len(dots)), _tick_labels(dots))
     axes.set_ylim(len(dots) - 0.5, -0.5)
     axes.set_xlabel("%, median and range over seeds")
