@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from raykernel.console import short
 
@@ -85,8 +85,12 @@ def power(value: float) -> str:
 def logarithmic(axis: Axis) -> None:
     """Ticks of a logarithmic axis as text, without TeX; few decades have ticks between."""
     low, high = sorted(axis.get_view_interval())
-    few = low > 0 and math.log10(high / low) < 1.5
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
+    decades = math.log10(high / low) if low > 0 else math.inf
+    if decades < 0.8:
+        axis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    else:
+        subs = (1.0, 2.0, 5.0) if decades < 1.8 else (1.0,)
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

@@ -7,6 +7,7 @@ its figures and data beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -100,7 +101,11 @@ def _study_page(evidence: Evidence, study: Study, made_by: str) -> Page:
     own, rows = of_study(evidence, study)
     sheets = study.table(rows, compare=is_papers_setting(rows, study))
     made = f"rows of the study {study.name} in tables {', '.join(sorted(own.tables))}, by its table"
-    charts, tables = _charts(own), sheet_tables(sheets, made)
+    charts = [
+        replace(chart, made=f"{chart.made}\n-- of these, the rows of the study {study.name}")
+        for chart in _charts(own)
+    ]
+    tables = sheet_tables(sheets, made)
     return _page(
         f"raykernel · {study.name}",
         study.question,

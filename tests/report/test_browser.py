@@ -48,6 +48,8 @@ def page(request: pytest.FixtureRequest, browser: Any, made: Made) -> Path:
     """Each page, opened at the width of a desktop, in light."""
     path: Path = getattr(made, request.param)
     see(browser, 1200, "light")
+    browser.get("about:blank")
+    browser.get_log("performance")  # what the browser asked for itself
     browser.get(path.as_uri())
     return path
 
