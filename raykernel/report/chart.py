@@ -55,7 +55,7 @@ class Chart:
     """Of its files."""
     title: str
     finding: str
-    """What it shows: a sentence that is made of the data."""
+    """What it shows: a sentence that is made of the data; empty where the page begins with it."""
     alt: str
     """What is drawn, for those who do not see it."""
     made: str

@@ -106,10 +106,16 @@ def _study_page(evidence: Evidence, study: Study, made_by: str) -> Page:
         for chart in _charts(own)
     ]
     tables = sheet_tables(sheets, made)
+    # The figure that answers the question comes first, below its sentence.
+    lead = next((c for name in _leads(study) for c in charts if c.name == name), None)
+    answer = " ".join(table.note for table in tables).strip() or f"See {tables[0].title}."
+    if lead is not None:
+        answer = lead.finding
+        charts = [replace(lead, finding=""), *(chart for chart in charts if chart is not lead)]
     return _page(
         f"raykernel · {study.name}",
         study.question,
-        _answer(study, charts, tables),
+        answer,
         own, charts, tables, made_by,
     )  # fmt: skip
 
@@ -128,18 +134,13 @@ def _page(
     return Page(title, question, answer, facts, charts, tables, made_by, now)
 
 
-def _answer(study: Study, charts: Sequence[Chart], tables: Sequence[PageTable]) -> str:
-    """The finding of the figure that the study's question is about."""
-    findings = {chart.name: chart.finding for chart in charts}
-    order = ["kernel-and-finetuning", "linearized"]
+def _leads(study: Study) -> Sequence[str]:
+    """Names of the figures that answer a study's question, the best first."""
     if isinstance(study.table, LambdaTable):
-        order = ["lambda-path"]
-    elif isinstance(study.table, ConvergenceTable):
-        order = ["kappa-and-training"]
-    for name in order:
-        if name in findings:
-            return findings[name]
-    return " ".join(filter(None, [table.note for table in tables])) or f"See {tables[0].title}."
+        return ["lambda-path"]
+    if isinstance(study.table, ConvergenceTable):
+        return ["kappa-and-training"]
+    return ["kernel-and-finetuning", "linearized"]
 
 
 def _facts(evidence: Evidence) -> list[tuple[str, str]]:
