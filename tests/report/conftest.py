@@ -4,7 +4,6 @@ with names that a page must not take for its own language."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def settings(model: Path, **changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The reports of one store with rows in every table."""
     folder, before = tmp_path_factory.mktemp("report"), Path.cwd()
     model = tiny.save_masked_lm(folder / "model", num_hidden_layers=2)
@@ -78,9 +77,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         write_nasty(Store("store"))
         whole = report("store", Path("whole"), made_by="raykernel 0")
         study = report("store", Path("pull"), study="pull", made_by="raykernel 0")
-        yield Made(folder, folder / whole, folder / study)
     finally:
         os.chdir(before)
+    return Made(folder, folder / whole, folder / study)
 
 
 def write_nasty(store: Store) -> None:

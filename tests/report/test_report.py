@@ -74,6 +74,12 @@ class Reader(HTMLParser):
             self.tables[self._name][-1][-1] += data
 
 
+@pytest.fixture(autouse=True)
+def _in_folder(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies and files of the user's own are looked for in the working folder."""
+    monkeypatch.chdir(made.folder)
+
+
 @pytest.fixture(scope="module")
 def page(made: Made) -> Reader:
     return Reader(made.whole.read_text(encoding="utf-8"))
@@ -107,7 +113,7 @@ def test_every_figure_is_there_as_svg_png_and_csv_and_nothing_half_written(made,
 def test_a_figure_that_cannot_be_written_leaves_no_page(made, tmp_path):
     (tmp_path / "cost.png").mkdir()
     with pytest.raises(OSError, match=r"cost\.png"):
-        report(made.folder / "store", tmp_path, made_by="raykernel 0")
+        report("store", tmp_path, study="pull", made_by="raykernel 0")
     assert not (tmp_path / "index.html").exists()
 
 
