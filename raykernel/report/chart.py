@@ -17,6 +17,9 @@ from raykernel.console import short
 WIDTH, HEIGHT = 3.5, 2.65
 """Of a panel, in inches: as wide as a phone."""
 
+KERNELS, FINETUNING = "Kernels at the start", "Fine-tuning"
+"""Headings of several figures."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator
 
-from raykernel.report.chart import WIDTH, Chart, Panel, Series, fitted
+from raykernel.report.chart import WIDTH, Chart, Line, Panel, Series, fitted
 
 PALETTE: Mapping[str, tuple[str, str]] = {
     "blue": ("#0072b2", "#56a8e0"),
     "vermillion": ("#d55e00", "#f2803a"),
     "green": ("#009e73", "#35c79e"),
     "purple": ("#b85c92", "#e39cc8"),
-    "orange": ("#c98a00", "#f0b429"),
-    "sky": ("#4b9fd1", "#9ad4f7"),
+    "orange": ("#bd8200", "#f0b429"),
+    "sky": ("#3f93c6", "#9ad4f7"),
     "ink": ("#1b1f24", "#e7e9ec"),
     "muted": ("#5f6973", "#9aa4ae"),
     "rule": ("#dfe3e7", "#343b43"),
@@ -83,6 +83,22 @@ _BARE = {"Date": None, "Creator": None, "Format": None, "Type": None}
 def colour(name: str) -> str:
     """A colour of the palette in light, or the colour itself."""
     return PALETTE[name][0] if name in PALETTE else name
+
+
+def cycle(labels: Sequence[str], *, line: Line = "") -> list[Series]:
+    """A series a label; from the seventh on colours come again with other markers.
+
+    Args:
+        labels: of the legend.
+        line: how points are joined.
+
+    Returns:
+        As many series.
+    """
+    return [
+        Series(label, CYCLE[i % len(CYCLE)], MARKERS[(i + i // len(CYCLE)) % len(MARKERS)], line)
+        for i, label in enumerate(labels)
+    ]
 
 
 def to_svg(chart: Chart) -> bytes:

@@ -17,13 +17,15 @@ from raykernel.console import counted
 from raykernel.convergence import ConvergenceTable
 from raykernel.lambda_table import LambdaTable
 from raykernel.report.chart import Chart, listed
+from raykernel.report.correlations import convergence_chart
 from raykernel.report.costs import cost_charts
 from raykernel.report.evidence import Evidence, is_papers_setting, of_study, read_evidence
 from raykernel.report.ink import to_png, to_svg
 from raykernel.report.kernels import kernel_charts
+from raykernel.report.methods import linearized_chart, methods_chart
 from raykernel.report.page import Page, render
+from raykernel.report.paths import lambda_charts
 from raykernel.report.tables import PageTable, sheet_tables, store_tables
-from raykernel.report.training import training_charts
 from raykernel.store.blocks import open_store
 from raykernel.store.commit import commit, make_folder
 from raykernel.store.format import Format, format_table
@@ -73,14 +75,27 @@ def _csv(data: pa.Table) -> bytes:
     return format_table(data, Format.csv).encode()
 
 
-def _charts(evidence: Evidence) -> list[Chart]:
+def all_charts(evidence: Evidence) -> list[Chart]:
+    """Every figure that there are data for, in the order of the page.
+
+    Args:
+        evidence: of a store or a study.
+
+    Returns:
+        The figures.
+    """
+    makers = (methods_chart, linearized_chart, convergence_chart)
+    tuned = [chart for make in makers if (chart := make(evidence)) is not None]
     return [
-        *kernel_charts(evidence), *training_charts(evidence), *cost_charts(evidence)
-    ]  # fmt: skip
+        *kernel_charts(evidence),
+        *tuned,
+        *lambda_charts(evidence),
+        *cost_charts(evidence),
+    ]
 
 
 def _store_page(evidence: Evidence, made_by: str) -> Page:
-    charts, tables = _charts(evidence), store_tables(evidence)
+    charts, tables = all_charts(evidence), store_tables(evidence)
     counts = [
         counted(evidence.rows(f"select {count} as count from {name}")[0]["count"], thing)
         for name, (thing, count) in _RESULTS.items()
@@ -103,7 +118,7 @@ def _study_page(evidence: Evidence, study: Study, made_by: str) -> Page:
     made = f"rows of the study {study.name} in tables {', '.join(sorted(own.tables))}, by its table"
     charts = [
         replace(chart, made=f"{chart.made}\n-- of these, the rows of the study {study.name}")
-        for chart in _charts(own)
+        for chart in all_charts(own)
     ]
     tables = sheet_tables(sheets, made)
     # The figure that answers the question comes first, below its sentence.

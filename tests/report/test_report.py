@@ -14,19 +14,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.stats
 
 from raykernel.cli import main
 from raykernel.errors import InputError
 from raykernel.lambda_table import LambdaTable
 from raykernel.report.chart import power
+from raykernel.report.correlations import convergence_chart
 from raykernel.report.costs import history_chart, pareto_front
 from raykernel.report.evidence import Evidence, is_papers_setting, of_study, read_evidence
-from raykernel.report.ink import inline_svgs, to_svg
-from raykernel.report.kernels import kernel_charts, module_in_layer
+from raykernel.report.heatmaps import module_in_layer
+from raykernel.report.ink import PALETTE, inline_svgs, to_svg
 from raykernel.report.tables import cell
-from raykernel.report.training import training_charts
-from raykernel.report.write import report
+from raykernel.report.write import all_charts, report
 from raykernel.store.query import query
+from raykernel.store.results import TABLES
 from raykernel.study import Arm, Study
 from raykernel.sweep import load_study
 from raykernel.terms import Command
@@ -118,7 +120,7 @@ def test_a_figure_that_cannot_be_written_leaves_no_page(made, tmp_path):
 
 
 def test_the_same_figure_has_the_same_bytes(made):
-    first, second = (training_charts(evidence(made))[0] for _ in range(2))
+    first, second = (all_charts(evidence(made))[-1] for _ in range(2))
     assert to_svg(first) == to_svg(second)
 
 
@@ -126,10 +128,10 @@ def test_the_same_figure_has_the_same_bytes(made):
 
 
 def test_the_data_of_a_figure_are_the_answer_to_the_sql_that_it_names(made):
-    charts = [c for c in training_charts(evidence(made)) if c.made.startswith(("select", "with"))]
-    charts += [c for c in kernel_charts(evidence(made)) if c.made.startswith("select")]
+    charts = [c for c in all_charts(evidence(made)) if c.made.startswith(("select", "with"))]
     assert {chart.name for chart in charts} == {
         "kernel-and-finetuning", "linearized", "lambda-path", "bounds", "kappa-by-module",
+        "pareto", "cost",
     }  # fmt: skip
     for chart in charts:
         answer = query(made.store.path, chart.made)
@@ -365,3 +367,53 @@ def test_what_cannot_be_reported_is_said(made, arguments, message, capsys):
     given = arguments if "--store" in arguments else [*arguments, "--store", "store"]
     assert main(["report", *given]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- κ against training
+
+
+def test_kappa_and_training_have_spearmans_correlations(made):
+    kappas, losses = [10.0, 20.0, 40.0, 80.0], [0.1, 0.3, 0.2, 0.4]
+    scores = [0.9, 0.7, 0.8, 0.6]
+    shared = {"task": "t", "model": "m", "k": 4, "seed": 13}
+    rows: dict[str, list[dict[str, object]]] = {"spectra": [], "trials": [], "curves": []}
+    for i, (kappa, loss, score) in enumerate(zip(kappas, losses, scores, strict=True)):
+        chosen = {"target_modules": ["query"], "layers_to_transform": [i]}
+        rows["spectra"].append(
+            shared | {"groups": [f"layer.{i}"], "layers": [i], "modules": ["query"],
+                      "regularised": kappa, "mean": 1.0, "num_rows": 4}
+        )  # fmt: skip
+        rows["trials"].append(
+            shared | {"trial": f"{i}", "lam": 0.0, "training": "{}", "finetuned": score,
+                      "parameters": json.dumps(chosen)}
+        )  # fmt: skip
+        for step, value in enumerate((1.0, loss), start=1):
+            point = {"trial": f"{i}", "step": step, "train_loss": value, "dev_score": 0.5}
+            rows["curves"].append(point)
+    tables = {n: pa.Table.from_pylist(own, schema=TABLES[n].schema) for n, own in rows.items()}
+    chart = convergence_chart(Evidence(made.store, tables))
+    assert chart is not None
+    for target in (losses, scores):
+        rho = scipy.stats.spearmanr(kappas, target).statistic
+        assert f"{rho:+.2f} (query)".replace("-", "−") in chart.finding
+    assert chart.data["final_train_loss"].to_pylist() == losses
+    assert chart.data["test"].to_pylist() == scores
+    few = tables | {"trials": tables["trials"].slice(0, 2)}
+    assert convergence_chart(Evidence(made.store, few)) is None
+
+
+# ---------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize("name", [name for name in PALETTE if name not in {"rule", "paper"}])
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_colour_is_seen_on_its_ground(name, dark):
+    """Contrast as of WCAG 2.1: 3 for lines and marks, 4.5 for letters."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    low, high = sorted(luminance(PALETTE[key][dark]) for key in (name, "paper"))
+    assert (high + 0.05) / (low + 0.05) >= (4.5 if name in {"ink", "muted"} else 3.0)
