@@ -75,14 +75,14 @@ class Chart:
 
 
 def power(value: float) -> str:
-    """A tick of a logarithmic axis: powers of ten beyond a thousand as such."""
+    """A tick of a logarithmic axis: powers of ten from a million on, or below 0.001, as such."""
     if value <= 0:
         return f"{value:g}"
     exponent = round(math.log10(value))
     is_power = math.isclose(value, 10.0**exponent, rel_tol=1e-9)
-    if is_power and (exponent > 3 or exponent < -2):
+    if is_power and not -3 <= exponent < 6:
         return "10" + str(exponent).translate(_SUPERSCRIPTS)
-    return short(value)
+    return f"{value:,.0f}" if 1e4 <= value < 1e6 else short(value)
 
 
 def logarithmic(axis: Axis) -> None:

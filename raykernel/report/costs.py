@@ -220,7 +220,9 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 _COLUMNS = "task, model, k, seed, seconds, peak_memory_bytes, created"
 _COSTS = {
-    "kernels": f"select 'kernels' as result, {_COLUMNS} from kernels where seconds is not null",
+    # Kinds that one run computed together share its seconds.
+    "kernels": f"""select 'kernels' as result, {_COLUMNS} from kernels where seconds is not null
+qualify row_number() over (partition by fingerprint, seconds order by kind) = 1""",
     "trials": f"select 'trials' as result, {_COLUMNS} from trials",
     "twins": f"select 'twins' as result, {_COLUMNS} from twins where split = 'test'",
 }
@@ -239,7 +241,7 @@ def cost_chart(evidence: Evidence) -> Chart | None:
     parts = [sql for name, sql in _COSTS.items() if evidence.has(name)]
     if not parts:
         return None
-    sql = "\nunion all ".join(parts) + "\norder by result, created"
+    sql = "\nunion all ".join(parts) + "\norder by result, created, seconds desc"
     rows = evidence.rows(sql)
     if not rows:
         return None
@@ -251,7 +253,7 @@ def cost_chart(evidence: Evidence) -> Chart | None:
     return Chart(
         "cost",
         "Time and memory",
-        f"{counted(len(rows), 'result')} took {duration(total)} of workers in all; the most memory "
+        f"{counted(len(rows), 'result')} took {duration(total)} in all; the most memory "
         f"was {size(most['peak_memory_bytes'] or 0)} ({_NAMES[most['result']]}, {most['task']}).",
         "Strip charts of seconds, on a logarithmic axis, and of memory, a dot for each result.",
         sql,

@@ -38,6 +38,8 @@ PALETTE: Mapping[str, tuple[str, str]] = {
 CYCLE = ("blue", "vermillion", "green", "purple", "orange", "sky")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
+_BRIEF = 10
+"""Letters of legend entries of which three fit beside each other."""
 _TITLE = 52
 """Letters of a panel's title that fit."""
 
@@ -180,11 +182,12 @@ def _whole(chart: Chart) -> Figure:
     for number, panel in enumerate(chart.panels):
         _draw(figure, panel, (rows, columns, number + 1))
     if chart.series:
+        brief = all(len(series.label) <= _BRIEF for series in chart.series)
         figure.legend(
             [_handle(series) for series in chart.series],
             [series.label for series in chart.series],
             loc="outside upper left",
-            ncols=min(len(chart.series), 2 * columns),
+            ncols=min(len(chart.series), (3 if brief else 2) * columns),
         )
     return figure
 

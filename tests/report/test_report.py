@@ -21,7 +21,7 @@ from raykernel.errors import InputError
 from raykernel.lambda_table import LambdaTable
 from raykernel.report.chart import power
 from raykernel.report.correlations import convergence_chart
-from raykernel.report.costs import history_chart, pareto_front
+from raykernel.report.costs import cost_chart, history_chart, pareto_front
 from raykernel.report.evidence import Evidence, is_papers_setting, of_study, read_evidence
 from raykernel.report.heatmaps import module_in_layer
 from raykernel.report.ink import PALETTE, inline_svgs, to_svg
@@ -197,6 +197,17 @@ def test_kappa_of_a_module_is_that_of_the_table_spectra(made):
             assert float(row["regularised"]) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_run_of_several_kinds_costs_its_seconds_once(made):
+    run = {"fingerprint": "f", "task": "t", "model": "m", "k": 1, "seed": 1, "seconds": 30.0}
+    rows = [run | {"kind": kind} for kind in ("sgd", "signgd", "asigngd")]
+    rows += [run | {"fingerprint": "g", "kind": "sgd", "seconds": 12.0}]
+    table = pa.Table.from_pylist(rows, schema=TABLES["kernels"].schema)
+    chart = cost_chart(Evidence(made.store, {"kernels": table}))
+    assert chart is not None
+    assert chart.data["seconds"].to_pylist() == [30.0, 12.0]
+    assert chart.finding.startswith("2 results took 42 s in all")
+
+
 def test_a_dot_is_the_run_that_dev_selects(made):
     rows = read_csv(made.whole.parent / "kernel-and-finetuning.csv")
     tuned = [
@@ -245,7 +256,8 @@ def test_history_counts_runs_by_how_they_ended(made):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(1.0, "1"), (0.1, "0.1"), (1e-4, "10⁻⁴"), (1e6, "10⁶"), (500.0, "500")]
+    ("value", "text"),
+    [(1.0, "1"), (0.1, "0.1"), (1e-4, "10⁻⁴"), (1e6, "10⁶"), (500.0, "500"), (2e4, "20,000")],
 )
 def test_ticks_of_a_logarithmic_axis(value, text):
     assert power(value) == text
