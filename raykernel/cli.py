@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raykernel.errors import InputError, RaykernelError, nearest
+from raykernel.terms import Command
 
 if TYPE_CHECKING:
     from raykernel.compose import ComposedRun
@@ -109,11 +109,11 @@ def dispatch(command: str, arguments: list[str]) -> int:
     Raises:
         InputError: if there is no such command.
     """
-    if command in RUNS:
+    if command in ABOUT:
         return run_all(command, arguments)
     if command in TOOLS:
         return TOOLS[command](arguments)
-    raise InputError(f"Unknown command {command!r}: {nearest(command, [*RUNS, *TOOLS])}")
+    raise InputError(f"Unknown command {command!r}: {nearest(command, [*ABOUT, *TOOLS])}")
 
 
 def interrupt(signum: int, _frame: object) -> None:
@@ -137,7 +137,7 @@ def run_all(command: str, arguments: list[str]) -> int:
     """Compose the configurations of a command line and run each; one failure stops no other.
 
     Args:
-        command: a key of `RUNS`.
+        command: a key of `ABOUT`.
         arguments: Hydra overrides and flags.
 
     Returns:
@@ -152,88 +152,40 @@ def run_all(command: str, arguments: list[str]) -> int:
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(f"raykernel {command}: {ABOUT[command]}\n")  # and Hydra prints the rest
     runs = compose_runs(command, arguments)
-    screen = SharedScreen() if len(runs) > 1 else Screen()
-    failures: list[tuple[str, RaykernelError]] = []
+    if len(runs) == 1:
+        run_one(command, runs[0], Screen())
+        return 0
+    screen = SharedScreen()
+    if command in {one.value for one in Command}:
+        from raykernel.sweep import run_many
+
+        return run_many(Command(command), runs, screen)
     for number, run in enumerate(runs, start=1):
-        if len(runs) > 1:
-            screen.say(f"\n[{number}/{len(runs)}] {' '.join(run.overrides)}")
-        try:
-            RUNS[command](run, screen)
-        except RaykernelError as error:
-            if len(runs) == 1:
-                raise
-            screen.say(f"Error: {error}")
-            failures.append((" ".join(run.overrides), error))
-        except Exception as error:
-            if len(runs) == 1:
-                raise
-            traceback.print_exception(error)
-            failures.append((" ".join(run.overrides), RaykernelError(str(error))))
-    if failures:
-        screen.say(f"\n{len(failures)} of {len(runs)} runs failed:")
-        for overrides, failure in failures:
-            screen.say(f"  {overrides}: {str(failure).splitlines()[0]}")
-    return 1 if failures else 0
+        screen.say(f"\n[{number}/{len(runs)}] {' '.join(run.overrides)}")
+        run_one(command, run, screen)
+    return 0
 
 
-def run_plan(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel plan`."""
-    from raykernel.plan import make_plan, show_plan
+def run_one(command: str, run: ComposedRun, screen: Screen) -> None:
+    """Run a command and print what it found.
 
-    show_plan(make_plan(run.config, screen), screen)
-
-
-def run_doctor(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel doctor`.
-
-    Raises:
-        InputError: if a check failed.
+    Args:
+        command: a key of `ABOUT`.
+        run: its configuration.
+        screen: where to print.
     """
-    from raykernel.doctor import examine
+    if command == "plan":
+        from raykernel.plan import make_plan, show_plan
 
-    examine(run.config, screen)
+        show_plan(make_plan(run.config, screen), screen)
+    elif command == "doctor":
+        from raykernel.doctor import examine
 
-
-def run_kernel(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel kernel`."""
-    from raykernel.pipeline import kernel, show_outcome
-
-    show_outcome(kernel(run.config, run.overrides, screen), screen)
-
-
-def run_spectrum(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel spectrum`."""
-    from raykernel.spectra import spectra
-    from raykernel.spectrum_table import show_spectra
-
-    show_spectra(spectra(run.config, run.overrides, screen), screen)
-
-
-def run_select(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel select`."""
-    from raykernel.selection_table import show_selections
-    from raykernel.selections import selections
-
-    show_selections(selections(run.config, run.overrides, screen), screen)
-
-
-def run_finetune(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel finetune`."""
-    from raykernel.trials import run_trial, show_trial
-
-    if run.config.training.twin:
-        from raykernel.twins import run_twin, show_twin
-
-        show_twin(run_twin(run.config, run.overrides, screen), screen)
+        examine(run.config, screen)
     else:
-        show_trial(run_trial(run.config, run.overrides, screen), screen)
+        from raykernel.commands import execute, show
 
-
-def run_behavior(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel behavior`."""
-    from raykernel.behavior import behavior, show_behavior
-
-    show_behavior(behavior(run.config, run.overrides, screen), screen)
+        show(Command(command), execute(Command(command), run, screen), screen)
 
 
 def store_option(parser: argparse.ArgumentParser) -> None:
@@ -326,15 +278,6 @@ def tool_report(arguments: list[str]) -> int:
     return 0
 
 
-RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
-    "plan": run_plan,
-    "doctor": run_doctor,
-    "kernel": run_kernel,
-    "spectrum": run_spectrum,
-    "select": run_select,
-    "finetune": run_finetune,
-    "behavior": run_behavior,
-}
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "sweep": tool_sweep,
     "query": tool_query,

@@ -8,23 +8,29 @@ the nearest right names.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import get_type_hints
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import (
     ConfigCompositionException,
+    HydraException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -33,6 +39,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from raykernel.config import RunConfig
 from raykernel.errors import InputError, nearest
+
+_SWITCHES = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version"}
+_SWITCHES |= {"--resolve", "-sc", "--shell-completion"}
+"""Flags of Hydra that take no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,7 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
         BrokenPipeError: if nobody reads the help.
     """
     check_spelling(arguments)
-    arguments = [quote_null_prompt(argument) for argument in arguments]
+    arguments = flags_first([quote_null_prompt(argument) for argument in arguments])
     register_schema()
     collected: list[tuple[DictConfig, tuple[str, ...]]] = []
 
@@ -90,6 +100,52 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
         finally:
             GlobalHydra.instance().clear()
     return [ComposedRun(typed(config), overrides) for config, overrides in collected]
+
+
+def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
+    """One run, as `compose_runs`, but at a hundredth of its cost after the first of its groups.
+
+    Choices of groups are composed by Hydra once per process; values of keys are set on a copy, in
+    the order in which Hydra sets them.
+
+    Args:
+        command: name of the command, for messages.
+        arguments: overrides of one run.
+
+    Returns:
+        The resolved configuration.
+    """
+    check_spelling(list(arguments))
+    quoted = [quote_null_prompt(argument) for argument in arguments]
+    try:
+        overrides = [_parsed(text) for text in quoted]
+        keys = [str(override.get_key_element()) for override in overrides]
+        choices = {*groups(), "experiment"}
+        config = copy.deepcopy(
+            _composed(*(text for key, text in zip(keys, quoted, strict=True) if key in choices))
+        )
+        for key, override in zip(keys, overrides, strict=True):
+            if key not in choices:
+                OmegaConf.update(config, key, override.value(), merge=True)
+        return ComposedRun(typed(config), tuple(quoted))
+    except (HydraException, OmegaConfBaseException):
+        (run,) = compose_runs(command, list(arguments))  # which says what is wrong
+        return run
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Override:
+    """One override; those of a study repeat in all of its runs."""
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
+
+
+@lru_cache(maxsize=64)
+def _composed(*choices: str) -> DictConfig:
+    """What Hydra composes of choices of groups, not to be changed."""
+    register_schema()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=list(choices))
 
 
 @contextlib.contextmanager
@@ -166,6 +222,27 @@ def check_spelling(arguments: list[str]) -> None:
             )
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same arguments, flags and their values before overrides.
+
+    Hydra's parser reads overrides in one piece, and ours follow the user's.
+
+    Args:
+        arguments: flags such as `-m` or `--cfg job` anywhere among overrides.
+
+    Returns:
+        Flags, then overrides, each in their order.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for argument in arguments:
+        flag = argument.startswith("-")
+        (flags if flag or takes_value else overrides).append(argument)
+        takes_value = flag and argument not in _SWITCHES and "=" not in argument
+    return flags + overrides
+
+
 def quote_null_prompt(argument: str) -> str:
     """`prompt=null` names the null prompt, where Hydra would read YAML's nothing."""
     if not argument.startswith("prompt="):
@@ -234,8 +311,11 @@ def explain_missing(error: MissingConfigException) -> str:
     if not group:
         return f"Unknown configuration {wanted!r}: {nearest(wanted, options)}"
     listed = ", ".join(sorted(options))
-    near = nearest(choice, options) if options else ""
-    return f"Unknown {group} {choice!r}: {near} All of conf/{group}: {listed}."
+    if get_close_matches(choice, options, cutoff=0.5):
+        expected = f"{nearest(choice, options)} All of conf/{group}: {listed}."
+    else:
+        expected = f"choose one of conf/{group}: {listed}."
+    return f"Unknown {group} {choice!r}: {expected}"
 
 
 def first_line(error: BaseException) -> str:
@@ -255,6 +335,7 @@ def schema_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
+@lru_cache(maxsize=1)
 def groups() -> list[str]:
     """Configuration groups, that is, folders of conf/."""
     return [path.name for path in conf_dir().iterdir() if path.is_dir()]

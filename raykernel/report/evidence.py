@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,24 +11,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raykernel.commands import read_rows
 from raykernel.errors import InputError
-from raykernel.space import values_of
+from raykernel.space import keeps_setting, make_plan
 from raykernel.store.blocks import Store
-from raykernel.store.results import TABLES
-from raykernel.study import Arm, Row, Study
-from raykernel.terms import Command
+from raykernel.store.results import TABLES, to_json
+from raykernel.study import Row, Study
 
-TABLE_OF = {
-    Command.kernel: "kernels",
-    Command.spectrum: "spectra",
-    Command.finetune: "trials",
-    Command.behavior: "behavior",
-}
-"""Where a command of a study leaves its rows; `twins` of one with `training.twin=true`."""
-_FREE = ("task", "prompt", "model", "store", "compute", "experiment")
-"""Keys and groups that a command line may set beside those of its study."""
-_BY_TRIAL = ("curves", "bounds")
-"""Tables without a command line of their own."""
+_BY_TRIAL = ("trials", "curves", "bounds")
+"""Tables that belong to the rows of others, by their trial."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +78,7 @@ def read_evidence(store: Store) -> Evidence:
 
 
 def of_study(evidence: Evidence, study: Study) -> tuple[Evidence, list[Row]]:
-    """The rows of a study, known by the command lines that made them.
-
-    A row is of an arm if its command line sets everything that makes the arm, every key that the
-    study gives or varies, and no foreign one.
+    """What the runs of a study have found.
 
     Args:
         evidence: of the whole store.
@@ -103,86 +92,65 @@ def of_study(evidence: Evidence, study: Study) -> tuple[Evidence, list[Row]]:
         InputError: if there are none.
     """
     rows: list[Row] = []
-    kept: dict[str, set[int]] = {}
-    for arm in study.arms:
-        table = _table_of(study, arm)
-        for number, row in enumerate(evidence.tables[table].to_pylist()):
-            if _is_of(row["overrides"] or [], study, arm):
-                kept.setdefault(table, set()).add(number)
-                rows.append({**row, "arm": arm.name})
+    kept: dict[str, set[str]] = {}
+    for run in runs_of(evidence, study):
+        keys = [(table, key) for table, key in json.loads(run["results"] or "[]")]
+        rows += [{**row, "arm": run["arm"]} for row in read_rows(evidence.store, keys) or []]
+        for table, key in keys:
+            kept.setdefault(table, set()).add(_name(table, key))
     if not rows:
         raise InputError(
             f"{evidence.store.path}: found no results of the study {study.name}, expected some. "
             f"Run `raykernel sweep {study.name}` with this store first."
         )
-    tables = {name: evidence.tables[name].take(sorted(own)) for name, own in kept.items()}
+    tables = {
+        table: evidence.tables[table].filter(
+            pa.array([_name(table, row) in own for row in evidence.tables[table].to_pylist()])
+        )
+        for table, own in kept.items()
+    }
     trials = {row["trial"] for row in rows if "trial" in row}
-    for name in ("trials", *_BY_TRIAL):
+    for name in _BY_TRIAL:
         if trials and name not in tables:
             tables[name] = _among(evidence.tables[name], "trial", trials)
-    if "runs" in evidence.tables:
-        tables["runs"] = _among(evidence.tables["runs"], "study", {study.name})
-    own = replace(evidence, tables=tables)
-    return own, _with_curves(rows, own)
+    tables["runs"] = _among(evidence.tables["runs"], "study", {study.name})
+    return replace(evidence, tables=tables), rows
 
 
-def _table_of(study: Study, arm: Arm) -> str:
-    settings = {**study.base, **arm.settings}
-    twin = settings.get("training.twin") == "true"
-    return "twins" if arm.command is Command.finetune and twin else TABLE_OF[arm.command]
+def runs_of(evidence: Evidence, study: Study) -> list[Row]:
+    """Rows of the table `runs` that are of a study, the oldest first."""
+    runs = evidence.rows("select * from runs order by created, run") if evidence.has("runs") else []
+    return [run for run in runs if run["study"] == study.name]
 
 
-def _is_of(overrides: Sequence[str], study: Study, arm: Arm) -> bool:
-    """Whether a command line is one of an arm's."""
-    given = dict(override.split("=", 1) for override in overrides if "=" in override)
-    known = {*study.base, *study.space, *study.demo, *arm.settings}
-    known |= {key for one in study.arms for key in (*one.space, *one.demo)}
-    needed = {key for key in (*study.base, *study.space) if study.demo.get(key, "") is not None}
-    settings = {f"{key}={value}" for key, value in arm.settings.items()}
-    return (
-        settings <= set(overrides)
-        and needed <= set(given)
-        and all(key in known or key.split(".")[0] in _FREE for key in given)
-    )
+def _name(table: str, row: Mapping[str, Any]) -> str:
+    """The key of a row as text."""
+    return to_json([row[name] for name in TABLES[table].key])
 
 
-def is_papers_setting(rows: Sequence[Row], study: Study) -> bool:
-    """Whether the study's numbers may stand beside the paper's: nothing of its base is changed.
+def is_papers_setting(runs: Sequence[Row], study: Study) -> bool:
+    """Whether a study's numbers may stand beside the paper's, as in `raykernel sweep`.
 
     Args:
-        rows: of `of_study`.
+        runs: of `runs_of`.
         study: the study.
 
     Returns:
-        Whether every command line has all of the base, and no hyperparameter beside the grids.
+        Whether every run has all of the base, and beside it nothing but the study's own values
+        and keys that do not matter.
     """
-    base = {f"{key}={value}" for key, value in study.base.items()}
-    grids: dict[str, set[str]] = {}
-    for arm in study.arms:
-        for key, values in arm.space.items():
-            grids.setdefault(key, set()).update(values_of(f"{key}={values}")[1])
+    plan = make_plan(study, [])
+    settings = {f"{key}={value}" for arm in study.arms for key, value in arm.settings.items()}
+    axes = [axis for own in plan.own.values() for axis in own.values()]
+    known = {*plan.fixed.values(), *settings, *(text for axis in axes for text in axis.overrides)}
     return all(
-        base <= set(row["overrides"])
-        and all(text in own for key, own in grids.items() for text in _settings(row, key))
-        for row in rows
+        plan.fixed.keys() <= given.keys()
+        and all(
+            text in known or key in study.space or keeps_setting(key) for key, text in given.items()
+        )
+        for given in ({text.split("=", 1)[0]: text for text in run["overrides"]} for run in runs)
     )
-
-
-def _settings(row: Row, key: str) -> list[str]:
-    return [text for text in row["overrides"] if text.startswith(f"{key}=")]
 
 
 def _among(table: pa.Table, column: str, values: set[Any]) -> pa.Table:
     return table.filter(pc.is_in(table[column], value_set=pa.array(sorted(values), pa.string())))
-
-
-def _with_curves(rows: list[Row], evidence: Evidence) -> list[Row]:
-    """Rows of `trials` have their evaluations beside, as in `raykernel sweep`."""
-    if not evidence.has("curves"):
-        return rows
-    curves: dict[str, list[Row]] = {}
-    for point in evidence.rows("select * from curves order by trial, step"):
-        curves.setdefault(point["trial"], []).append(point)
-    return [
-        {**row, "curve": curves.get(row["trial"], [])} if "trial" in row else row for row in rows
-    ]

@@ -19,7 +19,7 @@ from raykernel.lambda_table import LambdaTable
 from raykernel.report.chart import Chart, listed
 from raykernel.report.correlations import convergence_chart
 from raykernel.report.costs import cost_charts
-from raykernel.report.evidence import Evidence, is_papers_setting, of_study, read_evidence
+from raykernel.report.evidence import Evidence, is_papers_setting, of_study, read_evidence, runs_of
 from raykernel.report.ink import to_png, to_svg
 from raykernel.report.kernels import kernel_charts
 from raykernel.report.methods import linearized_chart, methods_chart
@@ -114,7 +114,7 @@ def _store_page(evidence: Evidence, made_by: str) -> Page:
 
 def _study_page(evidence: Evidence, study: Study, made_by: str) -> Page:
     own, rows = of_study(evidence, study)
-    sheets = study.table(rows, compare=is_papers_setting(rows, study))
+    sheets = study.table(rows, compare=is_papers_setting(runs_of(evidence, study), study))
     made = f"rows of the study {study.name} in tables {', '.join(sorted(own.tables))}, by its table"
     charts = [
         replace(chart, made=f"{chart.made}\n-- of these, the rows of the study {study.name}")

@@ -11,6 +11,7 @@ curves     a row per (trial, evaluation)
 twins      a row per (trial, split): how far fine-tuning is from its linear models
 bounds     a row per (trial, bound) on that
 behavior   a row per verdict: (kernel, fine-tuning run, solver settings, criteria)
+runs       a row per run of a study that ended, well or not
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ TABLES = {
     "twins": Listing(RESULT_TABLES["twins"].schema, partial(Store.results, table="twins")),
     "bounds": Listing(RESULT_TABLES["bounds"].schema, partial(Store.results, table="bounds")),
     "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
+    "runs": Listing(RESULT_TABLES["runs"].schema, partial(Store.results, table="runs")),
     "spectra": Listing(RESULT_TABLES["spectra"].schema, partial(Store.results, table="spectra")),
     "selections": Listing(
         RESULT_TABLES["selections"].schema, partial(Store.results, table="selections")

@@ -420,6 +420,28 @@ TABLES = {
         key=("fingerprint", "trial", "solver", "criteria"),
         folder="behavior",
     ),
+    "runs": ResultTable(
+        pa.schema(
+            [
+                ("study", pa.string()),  # a file of sweeps/, or the command that had -m
+                ("run", pa.string()),  # hash of command and resolved configuration
+                ("arm", pa.string()),  # method of the study
+                ("command", pa.string()),
+                ("status", pa.string()),  # ok, failed, or stopped early
+                ("cause", pa.string()),  # of failure: memory, diverged, input, lost, error
+                ("error", pa.string()),  # what was said
+                ("results", pa.string()),  # JSON: [table, key columns] of every result
+                ("seconds", pa.float64()),
+                ("host", pa.string()),
+                ("created", _TIME),
+                ("versions", pa.string()),
+                ("overrides", _TEXTS),
+            ]
+        ),
+        key=("study", "run"),
+        folder="runs/{study}",
+        stem="run",
+    ),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 import re
@@ -17,7 +16,6 @@ import pytest
 import scipy.stats
 
 from raykernel.cli import main
-from raykernel.errors import InputError
 from raykernel.lambda_table import LambdaTable
 from raykernel.report.chart import power
 from raykernel.report.correlations import convergence_chart
@@ -36,7 +34,7 @@ from tests.report.conftest import NASTY, Made
 
 DRAWN = {
     "eigenvalues", "kappa-by-module", "alignment-by-module", "kernel-and-finetuning", "linearized",
-    "lambda-path", "bounds", "pareto", "cost",
+    "lambda-path", "bounds", "pareto", "history", "cost",
 }  # fmt: skip
 
 
@@ -131,7 +129,7 @@ def test_the_data_of_a_figure_are_the_answer_to_the_sql_that_it_names(made):
     charts = [c for c in all_charts(evidence(made)) if c.made.startswith(("select", "with"))]
     assert {chart.name for chart in charts} == {
         "kernel-and-finetuning", "linearized", "lambda-path", "bounds", "kappa-by-module",
-        "pareto", "cost",
+        "pareto", "history", "cost",
     }  # fmt: skip
     for chart in charts:
         answer = query(made.store.path, chart.made)
@@ -252,7 +250,6 @@ def test_history_counts_runs_by_how_they_ended(made):
     assert [series.label for series in chart.series] == ["done", "failed", "stopped"]
     assert "hf_x" not in str(chart.data.to_pylist())
     assert inline_svgs(chart)
-    assert history_chart(evidence(made)) is None or "runs" in evidence(made).tables
 
 
 @pytest.mark.parametrize(
@@ -281,7 +278,7 @@ def test_a_study_has_its_own_question_rows_and_table(made):
     page = Reader(made.study.read_text(encoding="utf-8"))
     (sheet,) = study.table(rows, compare=False)
     assert page.tables == {"table-1": [list(sheet.columns), *map(list, sheet.rows)]}
-    assert set(page.figures) == {"lambda-path", "bounds", "cost"}
+    assert set(page.figures) == {"lambda-path", "bounds", "history", "cost"}
     text = made.study.read_text(encoding="utf-8")
     assert "Is &lt;b&gt;f&lt;/b&gt; nearer" in text
     means = {
@@ -293,36 +290,21 @@ def test_a_study_has_its_own_question_rows_and_table(made):
     assert (float(moved[1]), float(moved[2])) == pytest.approx((means[0.0], means[10.0]), abs=5e-4)
 
 
-def test_rows_are_of_an_arm_by_the_keys_of_their_command_line(made):
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        (("model=m", "training=sgd", "task=c", "training.steps=2"), True),
+        (("model=m", "training=sgd", "task=c", "training.steps=2", "store.path=x"), True),
+        (("model=m", "training=sgd", "task=c", "training.steps=9"), False),
+        (("training=sgd", "task=a", "training.steps=2"), False),  # the demo, with another model
+        (("model=n", "training=sgd", "task=a", "training.steps=2"), True),  # as its numbers say
+        (("model=m", "training=sgd", "task=a", "training.steps=2", "kernel.dim=3"), False),
+    ],
+)
+def test_the_papers_numbers_stand_beside_its_setting_alone(overrides, same):
     arm = Arm("sgd", Command.finetune, {"training": "sgd"}, {"training.steps": "1,2"})
-    study = Study(
-        "?",
-        {"task": "a,b", "task.seed": "1,2"},
-        [arm],
-        LambdaTable(),
-        base={"model": "m"},
-        demo={"model": None},
-        name="s",
-    )
-    base = evidence(made).tables["trials"].to_pylist()[0]
-
-    def rows_of(*overrides: str):
-        table = pa.Table.from_pylist(
-            [base | {"overrides": list(overrides)}], schema=evidence(made).tables["trials"].schema
-        )
-        tables = evidence(made).tables | {"trials": table}
-        return of_study(dataclasses.replace(evidence(made), tables=tables), study)[1]
-
-    line = ("training=sgd", "task=a", "task.seed=1", "training.steps=2")
-    (row,) = rows_of(*line, "model=m")
-    assert row["arm"] == "sgd"
-    assert row["curve"]
-    assert is_papers_setting([row], study)
-    assert not is_papers_setting(rows_of(*line), study)  # the demo, with another model
-    assert not is_papers_setting(rows_of(*line, "model=m", "training.steps=9"), study)
-    for foreign in [line[1:], line[:1] + line[2:], (*line, "training.twin=true")]:
-        with pytest.raises(InputError, match="no results of the study s"):
-            rows_of(*foreign)
+    study = Study("?", {"task": "a,b"}, [arm], LambdaTable(), base={"model": "m"}, name="s")
+    assert is_papers_setting([{"overrides": list(overrides)}], study) == same
 
 
 # ---------------------------------------------------------------- what is the user's stays text
