@@ -170,7 +170,10 @@ TABLES = {
                 ("settings", pa.string()),  # JSON: the whole group select
                 ("ridge", pa.float64()),
                 ("criterion", pa.string()),
-                ("rank", pa.int64()),  # 1: the best; null: all candidates, for comparison
+                ("rank", pa.int64()),  # 1: the best; null: all candidates, for comparison, or a
+                # choice of the front that is not among the best
+                ("front", pa.int64()),  # place on the Pareto front of the objectives, from the best
+                # in the first one; null: another choice of those tried is better
                 ("candidates", _TEXTS),  # the choice
                 ("layers", pa.list_(pa.int64())),  # transformer layers that it lies in
                 ("target_modules", _TEXTS),  # whole paths in the plain model
@@ -185,6 +188,18 @@ TABLES = {
                 ("parameters", pa.string()),  # JSON: the whole group
                 ("num_scored", pa.int64()),  # choices that the criterion has scored
                 ("is_exhaustive", pa.bool_()),  # these are all within the budget
+                ("guarantee", pa.float64()),  # part of the best's goodness that the first one has
+                # at least; 0: not known
+                ("num_ranked", pa.int64()),  # best choices that were ranked again
+                ("half_mean_rank", pa.float64()),  # among them on random halves of train; null:
+                ("half_best_rank", pa.int64()),  # the criterion has no samples, or is not asked to
+                ("half_worst_rank", pa.int64()),
+                ("half_first", pa.float64()),  # share of halves in which none is better
+                ("seed_mean_rank", pa.float64()),  # the same over a LoRA's random A
+                ("seed_best_rank", pa.int64()),
+                ("seed_worst_rank", pa.int64()),
+                ("seed_first", pa.float64()),
+                ("is_front_exact", pa.bool_()),  # of all choices within the budget; null: no front
                 ("outputs", pa.string()),  # contrast: what softmax sees; full: a single one
                 ("num_rows", pa.int64()),
                 ("num_unresolved", pa.int64()),  # eigenvalues that are rounding noise
@@ -210,6 +225,9 @@ TABLES = {
                 ("marginal_likelihood", pa.float64()),  # log, of a row
                 ("loo_error", pa.float64()),
                 ("loo_accuracy", pa.float64()),  # null: a single output
+                ("relative_gradient_norm", pa.float64()),  # baselines, null: not measured
+                ("explained_variance", pa.float64()),  # sum over modules, as the next
+                ("importance", pa.float64()),
                 ("path", pa.string()),
                 ("created", _TIME),
                 ("overrides", _TEXTS),
