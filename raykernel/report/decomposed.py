@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from raykernel.analysis.predictors import Start, alignment
+from raykernel.analysis.predictors import alignment
 from raykernel.analysis.spectrum import Spectrum, spectrum
+from raykernel.analysis.start import Start
 from raykernel.analysis.targets import one_hot
 from raykernel.errors import RaykernelError
 from raykernel.spectra import resolution_of
@@ -111,7 +112,7 @@ def _label_alignments(
     targets = one_hot(np.array([names.index(label) for label in labels]), len(names))
     f0 = np.zeros_like(targets)  # no part of an alignment
     return {
-        name: alignment(Start(kernel, targets, f0, sigma=1.0))
+        name: alignment(Start((kernel,), targets, f0, sigma=1.0))
         for name, kernel in groups.items()
         if kernel.any()
     }
