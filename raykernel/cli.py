@@ -11,6 +11,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raykernel.errors import InputError, RaykernelError, nearest
@@ -56,6 +57,7 @@ many runs, one table:
 commands over a store (try --help):
   query     SQL over the result store
   verify    checks every checksum and manifest of a store
+  report    one page of HTML with figures: of a study, or of the whole store
 
 start here:
   raykernel kernel experiment=quickstart
@@ -248,8 +250,37 @@ def tool_verify(arguments: list[str]) -> int:
     return 0 if report.ok else 1
 
 
+def tool_report(arguments: list[str]) -> int:
+    """`raykernel report`."""
+    parser = argparse.ArgumentParser(
+        prog="raykernel report",
+        description="One page of HTML, with its figures (SVG, PNG) and data (CSV) beside it.",
+    )
+    parser.add_argument("name", nargs="?", help="a study; default: the whole store")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=None,
+        help="folder of the page (default: raykernel-report, or raykernel-report/NAME)",
+    )
+    store_option(parser)
+    options = parser.parse_args(arguments)
+    from raykernel.report.write import report
+
+    out = options.out or "/".join(filter(None, ["raykernel-report", options.name]))
+    page = report(
+        store_path(options.store),
+        Path(out),
+        study=options.name,
+        made_by=f"raykernel {version()}",
+    )
+    print(page)
+    return 0
+
+
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "sweep": tool_sweep,
     "query": tool_query,
     "verify": tool_verify,
+    "report": tool_report,
 }
