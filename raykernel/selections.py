@@ -26,7 +26,7 @@ from raykernel.problem.skeleton import adapted_paths, layer_linears
 from raykernel.spectra import same_gradients
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
-from raykernel.store.results import result_path
+from raykernel.store.results import key_of
 from raykernel.terms import Criterion, Kind, Method, Projection, PromptStyle
 from raykernel.training.adapter import write_adapter_config
 
@@ -207,7 +207,7 @@ def rank(
         before - len(members),
         candidates.sigma,
         same_gradients(handle, choices[0].start.kernel, config.spectrum),
-        result_path(Path(config.store.path), "selections", row).with_suffix(""),
+        Path(config.store.path) / "selections" / f"selection-{key_of('selections', row)}",
     )
 
 

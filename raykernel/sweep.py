@@ -24,7 +24,7 @@ from raykernel.errors import InputError, RaykernelError, nearest
 from raykernel.published import sweeps_dir
 from raykernel.space import Plan, Point, check, make_plan, spelt
 from raykernel.store.blocks import Store
-from raykernel.store.results import TABLES
+from raykernel.store.tables import TABLES
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.terms import Command, PromptStyle
 

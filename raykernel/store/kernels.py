@@ -12,8 +12,6 @@
       head.arrow                 linear head, where there is one
       rates.json, features.json, precision.json, projection.json, lora.json
                                  what the first worker measured or counted, see `pin`
-      result-<key>.parquet, spectra-<key>.parquet
-                                 result rows (results.py)
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
 A block written twice holds the same numbers, so nobody locks and nobody waits.

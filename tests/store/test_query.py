@@ -17,7 +17,7 @@ from raykernel.store.blocks import Store, open_store
 from raykernel.store.format import Format, format_table
 from raykernel.store.listing import TABLES
 from raykernel.store.query import query
-from raykernel.store.results import TABLES as RESULT_TABLES
+from raykernel.store.tables import TABLES as RESULT_TABLES
 from raykernel.store.verify import verify
 from tests.store import stores
 
@@ -74,9 +74,9 @@ def test_the_same_question_replaces_its_answer(store: Store) -> None:
 
 
 def test_rows_of_an_older_schema_read_as_null(store: Store) -> None:
-    path = next(store.path.glob("kernels/*/result-*.parquet"))
+    path = next(store.path.glob("results/kernels/*.parquet"))
     older = pq.read_table(path).drop_columns(["linear_probe", "created"])
-    pq.write_table(older, path.with_name("result-older.parquet"))
+    pq.write_table(older, path.with_name(f"{0:016x}-{0:024x}.parquet"))
     assert store.results("kernels")["created"].null_count == 1
 
 
@@ -90,7 +90,7 @@ def test_wrong_rows_are_refused(store: Store) -> None:
 
 
 def test_a_damaged_result_is_named_and_removed(store: Store) -> None:
-    path = next(store.path.glob("kernels/*/result-*.parquet"))
+    path = next(store.path.glob("results/kernels/*.parquet"))
     content = bytearray(path.read_bytes())
     content[content.index(b"sst2")] ^= 1
     path.write_bytes(content)
@@ -104,7 +104,7 @@ def test_every_table_answers(store: Store) -> None:
     for name, listing in TABLES.items():
         found = query(store.path, f"SELECT * FROM {name}")
         assert found.num_rows > 0, name
-        assert set(listing.schema.names) <= set(found.column_names)
+        assert {column.name for column in listing.columns} <= set(found.column_names)
 
 
 def test_a_curve_is_one_file_and_comes_back_by_step(store: Store) -> None:
