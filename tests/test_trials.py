@@ -80,8 +80,8 @@ def test_a_trial_is_printed_stored_and_never_run_twice(model, here, capsys):
     assert second.out.splitlines()[:6] == first.out.splitlines()[:6]
     assert {path.name: path.stat().st_ino for path in folder.iterdir()} == files
 
-    (row,) = query("store", "select * from trials").to_pylist()
-    curve = query("store", "select curves.* from trials join curves using (trial)").to_pylist()
+    (row,) = query("select * from trials", "store").to_pylist()
+    curve = query("select curves.* from trials join curves using (trial)", "store").to_pylist()
     assert row["trial"] == folder.name
     assert (row["optimizer"], row["learning_rate"], row["best_step"] > 0) == ("sgd", 0.1, True)
     assert f"{row['finetuned']:.3f}" in first.out
@@ -213,7 +213,7 @@ def test_a_pulled_trial_is_stored_with_the_ridge_that_it_amounts_to(
     assert main(["finetune", *arguments(model, **changes)]) == 0
     assert f"fine-tuning (sgd, full, coupled, λ = 3, σ = {sigma:g})" in capsys.readouterr().out
     columns = "regularization, lam, convention, sigma"
-    (row,) = query("store", f"select {columns} from trials").to_pylist()
+    (row,) = query(f"select {columns} from trials", "store").to_pylist()
     expected = {"regularization": "coupled", "lam": 3.0, "convention": convention, "sigma": sigma}
     assert row == expected
 

@@ -272,10 +272,10 @@ def test_a_twin_is_printed_stored_and_never_run_twice(model, here, capsys):
     assert tables[0] == tables[1] != ""
     assert {path: path.stat().st_mtime_ns for path in plain.files.path.iterdir()} == written
     rows = query(
-        "store", "select * from twins join trials using (trial) order by split"
+        "select * from twins join trials using (trial) order by split", "store"
     ).to_pylist()
     assert [row["split"] for row in rows] == ["dev", "test", "train"]
-    assert query("store", "select count(*) as n from bounds").to_pylist() == [{"n": 6}]
+    assert query("select count(*) as n from bounds", "store").to_pylist() == [{"n": 6}]
     assert main(["verify", "--store", "store"]) == 0
 
 

@@ -9,9 +9,7 @@ beside writers and readers, for each deletes only what it has committed elsewher
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +82,7 @@ def _compact_table(root: Path, name: str, spec: ResultTable) -> CompactedTable |
     return CompactedTable(name, rows.num_rows, len(merged), damaged)
 
 
-def _read_all(
-    files: TableFiles, spec: ResultTable
-) -> Iterator[tuple[Path, pa.Table | None]]:
+def _read_all(files: TableFiles, spec: ResultTable) -> Iterator[tuple[Path, pa.Table | None]]:
     """Every file that counts with its rows, None for a damaged one."""
 
     def rows(path: Path) -> pa.Table | None:
@@ -95,7 +91,5 @@ def _read_all(
         except BlockCorruptError:
             return None
 
-    paths = [*files.compacted, *files.newest().values()]
-    with ThreadPoolExecutor() as threads:
-        yield from zip(paths, threads.map(rows, paths), strict=True)
-
+    for path in (*files.compacted, *files.newest().values()):
+        yield path, rows(path)

@@ -106,7 +106,9 @@ _READINGS = (
     number("full_regularised", "regularised of the kernel of all outputs."),
     number("centred_condition_number", "condition_number without the mean over examples."),
     number("centred_regularised", "regularised without the mean over examples."),
-    number("loo_accuracy", "Share of train examples that ridge regression on the others gets right."),
+    number(
+        "loo_accuracy", "Share of train examples that ridge regression on the others gets right."
+    ),
     number("loo_error", "Mean squared leave-one-out error on one-hot labels; null: linear probe."),
     number("lipschitz", "Of all train outputs in the parameters; null: signs."),
 )
@@ -139,7 +141,9 @@ _SCORES = (
     integer("size", "Control: candidates in the choice."),
     integer("num_parameters", "Control: parameters that the LoRA trains."),
     number("random", "Control: a random number."),
-    number("condition_number", "Largest over smallest eigenvalue; null: noise, as all that follow."),
+    number(
+        "condition_number", "Largest over smallest eigenvalue; null: noise, as all that follow."
+    ),
     number("regularised", "The same with a ridge relative to the choice's own mean eigenvalue."),
     number("top_over_median", "Largest over median eigenvalue."),
     number("amgm_gap", "Log of arithmetic over geometric mean of the eigenvalues plus the ridge."),

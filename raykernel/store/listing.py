@@ -29,12 +29,18 @@ _BLOCKS, _EXAMPLES, _GROUPS, _PREDICTIONS = map(
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
-    """A table and how a store fills it."""
+class Columns:
+    """What a table has."""
 
     about: str
     """What a row is."""
     columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing(Columns):
+    """A table and how a store fills it."""
+
     rows: Callable[[Store], pa.Table]
 
     def empty(self) -> pa.Table:
@@ -149,3 +155,9 @@ TABLES = {
     **{name: _results(name) for name in tables.TABLES if name != "kernels"},
 }
 """By name, as SQL knows them."""
+
+ENTRIES = Columns(
+    "Entries of the kernel of `--kernel`: one row per pair of examples and outputs.",
+    kernelcolumns.ENTRIES,
+)
+"""A table that is there only where a kernel is named, see `KernelHandle.table`."""

@@ -102,7 +102,7 @@ def test_a_damaged_result_is_named_and_removed(store: Store) -> None:
 
 def test_every_table_answers(store: Store) -> None:
     for name, listing in TABLES.items():
-        found = query(store.path, f"SELECT * FROM {name}")
+        found = query(f"SELECT * FROM {name}", store.path)
         assert found.num_rows > 0, name
         assert {column.name for column in listing.columns} <= set(found.column_names)
 
@@ -118,18 +118,18 @@ def test_a_curve_is_one_file_and_comes_back_by_step(store: Store) -> None:
 
 def test_a_store_of_trials_alone_can_be_queried(tmp_path: Path) -> None:
     Store(tmp_path / "new").write_result("trials", {"trial": "t"})
-    assert query(tmp_path / "new", "SELECT trial FROM trials").num_rows == 1
+    assert query("SELECT trial FROM trials", tmp_path / "new").num_rows == 1
 
 
 def test_blocks_are_listed_from_their_headers(store: Store) -> None:
     sql = "SELECT i, j, col1 - col0 AS m, num_groups, kinds, dtype, seconds FROM blocks ORDER BY i"
-    first = query(store.path, sql).to_pylist()[0]
+    first = query(sql, store.path).to_pylist()[0]
     assert first["num_groups"] == len(stores.GROUPS)
     assert (first["m"], first["kinds"], first["dtype"], first["seconds"]) == (
         2, ["sgd"], "float32", 0.5,
     )  # fmt: skip
     summary = 'SELECT count(*) AS n, sum(bytes) AS bytes, min("created") AS t FROM blocks'
-    (found,) = query(store.path, summary).to_pylist()
+    (found,) = query(summary, store.path).to_pylist()
     assert found["n"] == 12
     assert found["bytes"] > 12 * 300
     assert found["t"].tzinfo is not None
@@ -137,7 +137,7 @@ def test_blocks_are_listed_from_their_headers(store: Store) -> None:
 
 def test_predictions_are_listed_by_example(store: Store) -> None:
     sql = "SELECT example, id, fitted, ridge, num_groups FROM predictions JOIN examples USING "
-    found = query(store.path, sql + "(fingerprint, example) ORDER BY example").to_pylist()
+    found = query(sql + "(fingerprint, example) ORDER BY example", store.path).to_pylist()
     assert [entry["id"] for entry in found] == ["train:5", "train:6"]
     for entry in found:
         expected = -stores.logits(range(entry["example"], entry["example"] + 1))[0]
@@ -146,7 +146,7 @@ def test_predictions_are_listed_by_example(store: Store) -> None:
 
 
 def test_traces_of_groups_are_the_train_kernels(store: Store) -> None:
-    found = query(store.path, "SELECT layer_group, trace FROM groups").to_pylist()
+    found = query("SELECT layer_group, trace FROM groups", store.path).to_pylist()
     kernels = dict(store.open().group_kernels(rows=range(5)))
     assert {entry["layer_group"]: entry["trace"] for entry in found} == {
         group: pytest.approx(float(kernel.reshape(10, 10).trace()))
@@ -160,7 +160,7 @@ def test_examples_with_other_columns_stand_side_by_side(tmp_path: Path) -> None:
     identity = {"task": {"name": "other"}}
     grid = stores.Grid(5, 8, 2)
     Store(tmp_path).begin(identity, grid=grid, num_outputs=2, examples=more)
-    found = query(tmp_path, "SELECT count(*) AS n, count(text) AS texts FROM examples")
+    found = query("SELECT count(*) AS n, count(text) AS texts FROM examples", tmp_path)
     assert found.to_pylist() == [{"n": 16, "texts": 8}]
 
 
@@ -178,7 +178,7 @@ DUCKDB_2 = pytest.mark.skipif(duckdb.__version__ < "2", reason="parsed otherwise
     ],
 )  # fmt: skip
 def test_every_reading_statement_works(store: Store, sql: str) -> None:
-    assert query(store.path, sql).num_rows > 0
+    assert query(sql, store.path).num_rows > 0
 
 
 @pytest.mark.parametrize(
@@ -208,25 +208,25 @@ def test_every_reading_statement_works(store: Store, sql: str) -> None:
 def test_everything_else_is_refused(store: Store, tmp_path: Path, sql: str) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="SQL: "):
-        query(store.path, sql.format(path=tmp_path))
+        query(sql.format(path=tmp_path), store.path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_mistakes_get_duckdbs_words_and_the_tables(store: Store) -> None:
     with pytest.raises(InputError, match=r"(?s)kernel does not exist.*Tables: kernels, blocks"):
-        query(store.path, "SELECT * FROM kernel")
+        query("SELECT * FROM kernel", store.path)
     with pytest.raises(InputError, match="syntax error"):
-        query(store.path, "SELEKT 1")
+        query("SELEKT 1", store.path)
 
 
 def test_missing_and_empty_stores_have_nothing_to_say(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found no store"):
-        query(tmp_path / "none", "SELECT 1")
+        query("SELECT 1", tmp_path / "none")
     with pytest.raises(InputError, match="found no store"):
-        query(tmp_path, "SELECT 1")
+        query("SELECT 1", tmp_path)
     (tmp_path / "raykernel.json").write_text('{"format": 1}')
     with pytest.raises(InputError, match="empty store"):
-        query(tmp_path, "SELECT 1")
+        query("SELECT 1", tmp_path)
 
 
 TABLE = pa.table(
