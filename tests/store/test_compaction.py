@@ -164,7 +164,9 @@ def test_queries_beside_eight_writers_and_compaction_see_whole_answers(tmp_path:
     write_trial(store, "first", 0)
     command = [sys.executable, "-c", WRITER, str(store.path)]
     writers = [subprocess.Popen([*command, str(number)]) for number in range(8)]
-    sql = "SELECT trial, count(*) AS n, min(epoch) AS low, max(epoch) AS high FROM curves GROUP BY 1"
+    sql = (
+        "SELECT trial, count(*) AS n, min(epoch) AS low, max(epoch) AS high FROM curves GROUP BY 1"
+    )
     seen: dict[str, float] = {}
     num_queries = num_compacted = 0
     while any(writer.poll() is None for writer in writers):

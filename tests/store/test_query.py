@@ -11,11 +11,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
+import raykernel
 from raykernel.errors import BlockCorruptError, InputError
 from raykernel.store.blocks import Store, open_store
-from raykernel.store.format import Format, format_table
-from raykernel.store.listing import TABLES
+from raykernel.store.compaction import compact
+from raykernel.store.format import Format, format_bytes, format_table
+from raykernel.store.listing import ENTRIES, TABLES
 from raykernel.store.query import query
 from raykernel.store.tables import TABLES as RESULT_TABLES
 from raykernel.store.verify import verify
@@ -39,6 +42,16 @@ def row(fingerprint: str, **changes: object) -> dict[str, object]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
+    return full_store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One that is only read."""
+    return full_store(tmp_path_factory.mktemp("asked"))
+
+
+def full_store(tmp_path: Path) -> Store:
     handle = stores.complete(tmp_path)
     stores.predict(handle, 3)
     store = open_store(tmp_path)
@@ -74,10 +87,17 @@ def test_the_same_question_replaces_its_answer(store: Store) -> None:
 
 
 def test_rows_of_an_older_schema_read_as_null(store: Store) -> None:
-    path = next(store.path.glob("results/kernels/*.parquet"))
-    older = pq.read_table(path).drop_columns(["linear_probe", "created"])
-    pq.write_table(older, path.with_name(f"{0:016x}-{0:024x}.parquet"))
-    assert store.results("kernels")["created"].null_count == 1
+    (path,) = store.path.glob("results/kernels/*.arrow")
+    older = pa.ipc.open_file(path).read_all().drop_columns(["linear_probe", "created"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, older.schema) as writer:
+        writer.write_table(older)
+    content = sink.getvalue().to_pybytes()
+    name = f"{0:016x}-{0:024x}-{xxhash.xxh3_64_hexdigest(content)}.arrow"
+    path.with_name(name).write_bytes(content)
+    for _ in range(2):
+        assert store.results("kernels")["created"].null_count == 1
+        compact(store.path)
 
 
 def test_wrong_rows_are_refused(store: Store) -> None:
@@ -90,7 +110,7 @@ def test_wrong_rows_are_refused(store: Store) -> None:
 
 
 def test_a_damaged_result_is_named_and_removed(store: Store) -> None:
-    path = next(store.path.glob("results/kernels/*.parquet"))
+    path = next(store.path.glob("results/kernels/*.arrow"))
     content = bytearray(path.read_bytes())
     content[content.index(b"sst2")] ^= 1
     path.write_bytes(content)
@@ -100,9 +120,9 @@ def test_a_damaged_result_is_named_and_removed(store: Store) -> None:
     assert store.results("kernels").num_rows == 0
 
 
-def test_every_table_answers(store: Store) -> None:
+def test_every_table_answers(asked: Store) -> None:
     for name, listing in TABLES.items():
-        found = query(f"SELECT * FROM {name}", store.path)
+        found = query(f"SELECT * FROM {name}", asked.path)
         assert found.num_rows > 0, name
         assert {column.name for column in listing.columns} <= set(found.column_names)
 
@@ -177,8 +197,8 @@ DUCKDB_2 = pytest.mark.skipif(duckdb.__version__ < "2", reason="parsed otherwise
         "SELECT date_trunc('day', created) FROM KERNELS",
     ],
 )  # fmt: skip
-def test_every_reading_statement_works(store: Store, sql: str) -> None:
-    assert query(sql, store.path).num_rows > 0
+def test_every_reading_statement_works(asked: Store, sql: str) -> None:
+    assert query(sql, asked.path).num_rows > 0
 
 
 @pytest.mark.parametrize(
@@ -203,20 +223,99 @@ def test_every_reading_statement_works(store: Store, sql: str) -> None:
         "SELECT * FROM store",
         pytest.param("PRAGMA database_list", marks=DUCKDB_2),
         "",
+        "EXPLAIN ANALYZE COPY kernels TO '{path}/out.csv'",
+        "WITH q AS (COPY kernels TO '{path}/out.csv') SELECT * FROM q",
+        "PIVOT (SELECT * FROM read_csv('/etc/passwd')) ON x",
+        "DESCRIBE SELECT * FROM read_json('/etc/passwd')",
+        "SELECT * FROM read_parquet('{path}/**/*.parquet')",
+        "SELECT * FROM parquet_metadata('{path}/**/*.parquet')",
+        "SELECT * FROM read_blob('/etc/passwd')",
+        "SELECT * FROM sniff_csv('/etc/passwd')",
+        "SELECT * FROM query('FROM read_csv(''/etc/passwd'')')",
+        "SELECT * FROM 'https://example.com/x.parquet'",
+        "SELECT * FROM duckdb_secrets()",
+        "SELECT getenv('HOME')",
+        "INSTALL '{path}/x.duckdb_extension'",
+        "FORCE INSTALL httpfs FROM community",
+        "UPDATE EXTENSIONS",
+        "ATTACH '{path}/out.db' (READ_ONLY)",
+        "IMPORT DATABASE '{path}'",
+        "RESET enable_external_access",
+        "SET lock_configuration = false",
+        "PRAGMA enable_profiling",
+        "CALL enable_logging()",
+        "CREATE SECRET s (TYPE s3)",
+        "CREATE MACRO m() AS 1",
+        "INSERT INTO kernels SELECT * FROM kernels",
+        "UPDATE kernels SET k = 1",
+        "PREPARE p AS SELECT 1",
+        "CHECKPOINT",
+        "SELECT 1; SELECT 2",
+        "SELECT 1; ATTACH ':memory:' AS m",
     ],
 )
-def test_everything_else_is_refused(store: Store, tmp_path: Path, sql: str) -> None:
-    before = sorted(tmp_path.rglob("*"))
+def test_everything_else_is_refused(asked: Store, sql: str) -> None:
+    before = sorted(asked.path.parent.rglob("*"))
     with pytest.raises(InputError, match="SQL: "):
-        query(sql.format(path=tmp_path), store.path)
-    assert sorted(tmp_path.rglob("*")) == before
+        query(sql.format(path=asked.path.parent), asked.path)
+    assert sorted(asked.path.parent.rglob("*")) == before
 
 
-def test_mistakes_get_duckdbs_words_and_the_tables(store: Store) -> None:
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("COPY kernels TO 'out.csv'", "found COPY, expected one SELECT"),
+        ("SELECT 1; SELECT 2", "found SELECT, SELECT, expected one SELECT"),
+        ("SELECT * FROM read_csv('/etc/passwd')", "reads the tables of its store and nothing else"),
+        ("SELECT * FROM '/etc/passwd.parquet'", "reads the tables of its store and nothing else"),
+    ],
+)
+def test_a_refusal_says_what_a_query_may_do(asked: Store, sql: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        query(sql, asked.path)
+
+
+def test_a_large_answer_is_not_spilled_to_the_working_folder(asked: Store) -> None:
+    (found,) = query("SELECT current_setting('temp_directory') AS folder", asked.path).to_pylist()
+    assert found["folder"] == ""
+
+
+def test_parameters_and_further_tables_are_part_of_a_question(asked: Store) -> None:
+    more = pa.table({"task": ["sst2", "mr"], "year": [2013, 2005]})
+    sql = "SELECT year FROM kernels JOIN more USING (task) WHERE kind = $1"
+    found = query(sql, asked.path, parameters=["sgd"], tables={"more": more})
+    assert found.to_pylist() == [{"year": 2013}]
+    assert query(sql, asked.path, parameters=["it's"], tables={"more": more}).num_rows == 0
+
+
+def test_raykernel_query_asks_the_configured_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYKERNEL_STORE", str(store.path))
+    assert raykernel.query("SELECT k FROM kernels").to_pylist() == [{"k": 16}]
+
+
+@pytest.mark.parametrize("name", [*TABLES, "entries"])
+def test_every_column_has_a_meaning(name: str) -> None:
+    listing = {**TABLES, "entries": ENTRIES}[name]
+    assert listing.about.endswith(".")
+    names = [column.name for column in listing.columns]
+    assert len(names) == len(set(names))
+    for column in listing.columns:
+        assert column.meaning.endswith("."), column.name
+        assert len(column.meaning.split()) >= 2, column.name
+
+
+def test_keys_and_orders_are_columns() -> None:
+    for name, table in RESULT_TABLES.items():
+        assert {*table.key, *table.order} <= set(table.schema.names), name
+
+
+def test_mistakes_get_duckdbs_words_and_the_tables(asked: Store) -> None:
     with pytest.raises(InputError, match=r"(?s)kernel does not exist.*Tables: kernels, blocks"):
-        query("SELECT * FROM kernel", store.path)
+        query("SELECT * FROM kernel", asked.path)
     with pytest.raises(InputError, match="syntax error"):
-        query("SELEKT 1", store.path)
+        query("SELEKT 1", asked.path)
 
 
 def test_missing_and_empty_stores_have_nothing_to_say(tmp_path: Path) -> None:
@@ -256,6 +355,13 @@ def test_json_is_a_list_of_objects() -> None:
     assert [entry["score"] for entry in rows] == [0.123456789, "inf", None]
     assert rows[0]["groups"] == ["a", "b"]
     assert rows[0]["created"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_parquet_keeps_every_type() -> None:
+    found = pq.read_table(pa.BufferReader(format_bytes(TABLE, Format.parquet)))
+    assert found.schema.equals(TABLE.schema)
+    assert found.drop_columns("score").equals(TABLE.drop_columns("score"))  # NaN is not NaN
+    assert format_bytes(TABLE, Format.csv).decode() == format_table(TABLE, Format.csv)
 
 
 def test_table_is_aligned_text() -> None:
