@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from raykernel.errors import InputError, RaykernelError, nearest
+from raykernel.terms import Command
 from raykernel.tools import (
     completion_parser,
     tool_compact,
@@ -123,11 +123,11 @@ def dispatch(command: str, arguments: list[str]) -> int:
     Raises:
         InputError: if there is no such command.
     """
-    if command in RUNS:
+    if command in ABOUT:
         return run_all(command, arguments)
     if command in TOOLS:
         return TOOLS[command](arguments)
-    raise InputError(f"Unknown command {command!r}: {nearest(command, [*RUNS, *TOOLS])}")
+    raise InputError(f"Unknown command {command!r}: {nearest(command, [*ABOUT, *TOOLS])}")
 
 
 def interrupt(signum: int, _frame: object) -> None:
@@ -151,7 +151,7 @@ def run_all(command: str, arguments: list[str]) -> int:
     """Compose the configurations of a command line and run each; one failure stops no other.
 
     Args:
-        command: a key of `RUNS`.
+        command: a key of `ABOUT`.
         arguments: Hydra overrides and flags.
 
     Returns:
@@ -167,35 +167,25 @@ def run_all(command: str, arguments: list[str]) -> int:
         show_help(command, arguments)
         return 0
     runs = compose_runs(command, arguments)
-    screen = SharedScreen() if len(runs) > 1 else Screen()
-    failures: list[tuple[str, RaykernelError]] = []
+    if len(runs) == 1:
+        run_one(command, runs[0], Screen())
+        return 0
+    screen = SharedScreen()
+    if command in {one.value for one in Command}:
+        from raykernel.sweep import run_many
+
+        return run_many(Command(command), runs, screen)
     for number, run in enumerate(runs, start=1):
-        if len(runs) > 1:
-            screen.say(f"\n[{number}/{len(runs)}] {' '.join(run.overrides)}")
-        try:
-            RUNS[command](run, screen)
-        except RaykernelError as error:
-            if len(runs) == 1:
-                raise
-            screen.say(f"Error: {error}")
-            failures.append((" ".join(run.overrides), error))
-        except Exception as error:
-            if len(runs) == 1:
-                raise
-            traceback.print_exception(error)
-            failures.append((" ".join(run.overrides), RaykernelError(str(error))))
-    if failures:
-        screen.say(f"\n{len(failures)} of {len(runs)} runs failed:")
-        for overrides, failure in failures:
-            screen.say(f"  {overrides}: {str(failure).splitlines()[0]}")
-    return 1 if failures else 0
+        screen.say(f"\n[{number}/{len(runs)}] {' '.join(run.overrides)}")
+        run_one(command, run, screen)
+    return 0
 
 
 def show_help(command: str, arguments: list[str]) -> None:
     """Print what a command does and can be given, with the values of a command line.
 
     Args:
-        command: a key of `RUNS`.
+        command: a key of `ABOUT`.
         arguments: Hydra overrides; wrong or incomplete ones are left out of account.
     """
     from raykernel.compose import compose_runs
@@ -209,71 +199,30 @@ def show_help(command: str, arguments: list[str]) -> None:
     print(help_text(command, ABOUT[command], run.config), end="")
 
 
-def run_plan(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel plan`."""
-    from raykernel.plan import make_plan, show_plan
+def run_one(command: str, run: ComposedRun, screen: Screen) -> None:
+    """Run a command and print what it found.
 
-    show_plan(make_plan(run.config, screen), screen)
-
-
-def run_doctor(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel doctor`.
-
-    Raises:
-        InputError: if a check failed.
+    Args:
+        command: a key of `ABOUT`.
+        run: its configuration.
+        screen: where to print.
     """
-    from raykernel.doctor import examine
+    if command == "plan":
+        from raykernel.plan import make_plan, show_plan
 
-    examine(run.config, screen)
+        show_plan(make_plan(run.config, screen), screen)
+    elif command == "doctor":
+        from raykernel.doctor import examine
 
+        examine(run.config, screen)
+    elif command == "show":
+        from raykernel.shown import show_config
 
-def run_kernel(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel kernel`."""
-    from raykernel.pipeline import kernel, show_outcome
-
-    show_outcome(kernel(run.config, run.overrides, screen), screen)
-
-
-def run_spectrum(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel spectrum`."""
-    from raykernel.spectra import spectra
-    from raykernel.spectrum_table import show_spectra
-
-    show_spectra(spectra(run.config, run.overrides, screen), screen)
-
-
-def run_select(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel select`."""
-    from raykernel.selection_table import show_selections
-    from raykernel.selections import selections
-
-    show_selections(selections(run.config, run.overrides, screen), screen)
-
-
-def run_finetune(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel finetune`."""
-    from raykernel.trials import run_trial, show_trial
-
-    if run.config.training.twin:
-        from raykernel.twins import run_twin, show_twin
-
-        show_twin(run_twin(run.config, run.overrides, screen), screen)
+        show_config(run.config, screen)
     else:
-        show_trial(run_trial(run.config, run.overrides, screen), screen)
+        from raykernel.commands import execute, show
 
-
-def run_show(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel show`."""
-    from raykernel.shown import show
-
-    show(run.config, screen)
-
-
-def run_behavior(run: ComposedRun, screen: Screen) -> None:
-    """`raykernel behavior`."""
-    from raykernel.behavior import behavior, show_behavior
-
-    show_behavior(behavior(run.config, run.overrides, screen), screen)
+        show(Command(command), execute(Command(command), run, screen), screen)
 
 
 def tool_sweep(arguments: list[str]) -> int:
@@ -290,22 +239,12 @@ def tool_completion(arguments: list[str]) -> int:
     from raykernel.completion import SCRIPTS, candidates
 
     if options.shell == "words":
-        print("\n".join(candidates(options.line, list(RUNS), list(TOOLS))))
+        print("\n".join(candidates(options.line, list(ABOUT), list(TOOLS))))
     else:
         print(SCRIPTS[options.shell], end="")
     return 0
 
 
-RUNS: dict[str, Callable[[ComposedRun, Screen], None]] = {
-    "plan": run_plan,
-    "doctor": run_doctor,
-    "kernel": run_kernel,
-    "spectrum": run_spectrum,
-    "select": run_select,
-    "finetune": run_finetune,
-    "behavior": run_behavior,
-    "show": run_show,
-}
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "sweep": tool_sweep,
     "query": tool_query,

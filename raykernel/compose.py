@@ -8,23 +8,28 @@ the nearest right names.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import get_type_hints
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
+    HydraException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -90,6 +95,45 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
         finally:
             GlobalHydra.instance().clear()
     return [ComposedRun(typed(config), overrides) for config, overrides in collected]
+
+
+def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
+    """One run, as `compose_runs`, but at a hundredth of its cost after the first of its groups.
+
+    Choices of groups are composed by Hydra once per process; values of keys are set on a copy, in
+    the order in which Hydra sets them.
+
+    Args:
+        command: name of the command, for messages.
+        arguments: overrides of one run.
+
+    Returns:
+        The resolved configuration.
+    """
+    check_spelling(list(arguments))
+    quoted = [quote_null_prompt(argument) for argument in arguments]
+    try:
+        overrides = OverridesParser.create().parse_overrides(quoted)
+        keys = [str(override.get_key_element()) for override in overrides]
+        choices = {*groups(), "experiment"}
+        config = copy.deepcopy(
+            _composed(*(text for key, text in zip(keys, quoted, strict=True) if key in choices))
+        )
+        for key, override in zip(keys, overrides, strict=True):
+            if key not in choices:
+                OmegaConf.update(config, key, override.value(), merge=True)
+        return ComposedRun(typed(config), tuple(quoted))
+    except (HydraException, OmegaConfBaseException):
+        (run,) = compose_runs(command, list(arguments))  # which says what is wrong
+        return run
+
+
+@lru_cache(maxsize=64)
+def _composed(*choices: str) -> DictConfig:
+    """What Hydra composes of choices of groups, not to be changed."""
+    register_schema()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=list(choices))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ from raykernel.terms import (
     Architecture,
     CandidateUnit,
     Criterion,
+    Direction,
+    EngineName,
     ExecutorName,
     Kind,
     Loss,
@@ -39,6 +41,7 @@ from raykernel.terms import (
     Schedule,
     Solver,
     Source,
+    Stopping,
     Truncation,
 )
 
@@ -732,6 +735,77 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """How the runs of a study, or of -m, are chosen and run; never part of an identity."""
+
+    engine: EngineName = EngineName.pool
+    """pool: this process, or with several workers Ray actors; tune: Ray Tune."""
+    workers: int = 1
+    """Runs at a time; each has the resources that its own `compute` names."""
+    sampler: str = "grid"
+    """grid: every combination; random; or a sampler of Optuna: tpe, nsga2, CmaEsSampler, ..."""
+    trials: int | None = None
+    """Combinations of an arm's own hyperparameters that a sampler tries, per data set."""
+    minutes: float | None = None
+    """No run begins later; null: no limit."""
+    metrics: list[str] = field(default_factory=lambda: ["dev"])
+    """Columns of the result table that a sampler optimises; of several, a Pareto front."""
+    directions: list[Direction] = field(default_factory=lambda: [Direction.max])
+    """max or min, one for each metric."""
+    average: list[str] = field(default_factory=lambda: ["task.seed"])
+    """Axes of the study over which a sampler's metrics are averaged."""
+    stopping: Stopping = Stopping.none
+    """asha: runs that are behind the others at an evaluation end early (sweep.engine=tune)."""
+    grace: int = 1
+    """Evaluations that every run is given by asha."""
+    reduction: int = 3
+    """The best of so many go on under asha."""
+    retry_failed: bool = False
+    """Run again what failed before by itself: by divergence, memory or an error."""
+    seed: int = 0
+    """Of the sampler."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "sweep.workers", self.workers, "at least 1")
+        require(bool(self.metrics), "sweep.metrics", self.metrics, "at least one, as in [dev]")
+        require(
+            len(self.metrics) == len(self.directions),
+            "sweep.directions",
+            [direction.value for direction in self.directions],
+            f"max or min for each of sweep.metrics={self.metrics}",
+        )
+        require(self.grace >= 1, "sweep.grace", self.grace, "at least 1")
+        require(self.reduction >= 2, "sweep.reduction", self.reduction, "at least 2")
+        for name in ("trials", "minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"sweep.{name}", value, "more than 0, or null")
+        require(
+            self.is_grid or self.trials is not None,
+            "sweep.trials",
+            self.trials,
+            f"a number, because sweep.sampler={self.sampler} has no end of its own",
+        )
+        if self.stopping is Stopping.asha:
+            require(
+                self.engine is EngineName.tune,
+                "sweep.stopping",
+                "asha",
+                "none with sweep.engine=pool. Set sweep.engine=tune",
+            )
+            require(
+                self.is_grid or not self.average,
+                "sweep.average",
+                self.average,
+                "[] with sweep.stopping=asha, which compares single runs",
+            )
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether every combination is run."""
+        return self.sampler == "grid"
+
+
+@dataclass(frozen=True)
 class StoreConfig:
     """Where kernels and results are kept."""
 
@@ -757,6 +831,7 @@ class RunConfig:
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:

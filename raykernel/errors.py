@@ -39,6 +39,14 @@ class RunError(RaykernelError, RuntimeError):
     """The run failed although its input was right."""
 
 
+class DivergedError(RunError):
+    """Loss or gradient stopped being finite."""
+
+
+class OutOfMemoryError(RunError):
+    """Memory ran out, also in the smallest pieces."""
+
+
 class KernelIncompleteError(RunError):
     """Blocks of a kernel are missing."""
 

@@ -15,13 +15,13 @@ _PROBLEM = ("task", "prompt", "model", "parameters")
 GROUPS = {
     "plan": (*_PROBLEM, "kernel", "solver", "compute", "store"),
     "doctor": (*_PROBLEM, "kernel", "compute", "store"),
-    "kernel": (*_PROBLEM, "kernel", "solver", "compute", "store"),
-    "spectrum": (*_PROBLEM, "kernel", "spectrum", "compute", "store"),
-    "select": (*_PROBLEM, "kernel", "spectrum", "select", "compute", "store"),
-    "finetune": (*_PROBLEM, "training", "regularization", "compute", "store"),
+    "kernel": (*_PROBLEM, "kernel", "solver", "compute", "sweep", "store"),
+    "spectrum": (*_PROBLEM, "kernel", "spectrum", "compute", "sweep", "store"),
+    "select": (*_PROBLEM, "kernel", "spectrum", "select", "compute", "sweep", "store"),
+    "finetune": (*_PROBLEM, "training", "regularization", "compute", "sweep", "store"),
     "behavior": (
         *(*_PROBLEM, "kernel", "solver", "training", "regularization"),
-        *("behavior", "compute", "store"),
+        *("behavior", "compute", "sweep", "store"),
     ),
     "show": tuple(field.name for field in dataclasses.fields(RunConfig)),
 }

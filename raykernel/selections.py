@@ -198,7 +198,7 @@ def rank(
         start = candidates.start(chosen)
         scores = {criterion: one.score(start) for criterion, one in PREDICTORS.items()}
         choices.append(RankedChoice(number, tuple(members[i] for i in chosen), start, scores))
-    row = _key(prepared, kind)
+    row = result_key(prepared, kind)
     return KindSelection(
         kind,
         ranking,
@@ -214,7 +214,16 @@ def rank(
 # ---------------------------------------------------------------- what is kept
 
 
-def _key(prepared: Prepared, kind: Kind) -> dict[str, object]:
+def result_key(prepared: Prepared, kind: Kind) -> dict[str, object]:
+    """Key columns of a ranking.
+
+    Args:
+        prepared: the run.
+        kind: of kernel.
+
+    Returns:
+        Value by column.
+    """
     config = prepared.config
     return {
         "fingerprint": prepared.fingerprint,
@@ -238,7 +247,7 @@ def result_rows(
         Value by column.
     """
     config = prepared.config
-    common = _key(prepared, found.kind) | {
+    common = result_key(prepared, found.kind) | {
         "criterion": config.select.criterion.value,
         "task": config.task.name,
         "model": config.model.name,

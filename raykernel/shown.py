@@ -12,7 +12,7 @@ from raykernel.store.tables import TABLES
 from raykernel.trials import trial_identity
 
 
-def show(config: RunConfig, screen: Screen) -> None:
+def show_config(config: RunConfig, screen: Screen) -> None:
     """Print a configuration, its kernel, its fine-tuning run, and what of both is stored.
 
     Data and tokenizer are read, for their content is part of the names; nothing is computed.

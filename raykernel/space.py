@@ -11,19 +11,71 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 
-from raykernel.compose import ComposedRun, check_spelling, compose_runs, explain, quote_null_prompt
+from raykernel.compose import ComposedRun, check_spelling, compose_point, explain, quote_null_prompt
+from raykernel.config import SweepConfig
 from raykernel.errors import InputError
 from raykernel.study import Arm, Study
 from raykernel.terms import Command
 
 _COMPARED = {"task", "task.k", "task.seed", "prompt", "model"}
 """Keys that a published number says itself what it is of, or that only choose its samples."""
-_HARMLESS = {"task.data_dir", "store", "compute"}
+_HARMLESS = {"task.data_dir", "store", "compute", "sweep"}
 """Keys and groups that say where data and results are, and how to compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What one key of a space can be: values, or any number between two."""
+
+    key: str
+    values: tuple[str, ...] = ()
+    """As texts of an override; none for an interval."""
+    low: float = 0.0
+    high: float = 0.0
+    is_log: bool = False
+    """Drawn evenly by magnitude."""
+    is_int: bool = False
+
+    @property
+    def is_interval(self) -> bool:
+        """Whether it has no list of values."""
+        return not self.values
+
+    @property
+    def overrides(self) -> list[str]:
+        """An override per value.
+
+        Returns:
+            Texts for the command line.
+
+        Raises:
+            InputError: of an interval.
+        """
+        if self.is_interval:
+            raise InputError(
+                f"{self.key}={self.text}: found an interval, expected values, because every point "
+                f"of the space is run. List some, as in {self.key}=1e-4,1e-3, or draw from it with "
+                "sweep=random or sweep=tpe."
+            )
+        return [self.override(value) for value in self.values]
+
+    def override(self, value: str | float) -> str:
+        """The override of one value."""
+        return f"{self.key}={value}"
+
+    @property
+    def text(self) -> str:
+        """As one would type it."""
+        if not self.is_interval:
+            return ",".join(self.values)
+        ends = f"{self.low:g},{self.high:g}"
+        return f"tag(log,interval({ends}))" if self.is_log else f"interval({ends})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +98,7 @@ class Point:
 
     def compose(self) -> ComposedRun:
         """Its resolved configuration."""
-        (run,) = compose_runs(self.command.value, list(self.overrides))
-        return run
+        return compose_point(self.command.value, self.overrides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +108,20 @@ class Plan:
     study: Study
     fixed: Mapping[str, str]
     """Overrides of all points, by key."""
-    space: Mapping[str, Sequence[str]]
-    """Overrides of every shared axis."""
-    own: Mapping[str, Mapping[str, Sequence[str]]]
-    """By arm, those of the axes that dev selects among."""
+    space: Mapping[str, Axis]
+    """Shared axes by key."""
+    own: Mapping[str, Mapping[str, Axis]]
+    """By arm, the axes that dev selects among."""
     compare: bool
     """The setting is the paper's, as far as its numbers do not say themselves what they are of."""
 
     def cells(self) -> list[tuple[str, ...]]:
         """Combinations that every arm is repeated over."""
-        return list(itertools.product(*self.space.values()))
+        return list(itertools.product(*(axis.overrides for axis in self.space.values())))
 
     def points(self, arm: Arm, cell: tuple[str, ...]) -> list[Point]:
         """Runs of an arm in a cell, over its own hyperparameters."""
-        every = itertools.product(*self.own[arm.name].values())
+        every = itertools.product(*(axis.overrides for axis in self.own[arm.name].values()))
         return [self.point(arm, cell, own) for own in every]
 
     def point(self, arm: Arm, cell: tuple[str, ...], own: tuple[str, ...]) -> Point:
@@ -79,10 +130,41 @@ class Plan:
         overrides = (*self.fixed.values(), *settings, *cell, *own)
         return Point(arm.name, arm.command, overrides, cell, own)
 
-    def count(self) -> int:
-        """Runs of all arms together."""
-        arms = self.study.arms
-        return len(self.cells()) * sum(1 if a.like else len(self.points(a, ())) for a in arms)
+    def settings(self) -> SweepConfig:
+        """How its runs are chosen and run."""
+        return self._composed().config.sweep
+
+    def store_path(self) -> Path:
+        """The store of all runs."""
+        return Path(self._composed().config.store.path)
+
+    def _composed(self) -> ComposedRun:
+        arm = self.study.arms[0]
+        return self.point(arm, (), ()).compose()
+
+    def cells_to_average(self, settings: SweepConfig) -> list[list[tuple[str, ...]]]:
+        """Cells that differ only in axes over which a sampler's metrics are averaged, together."""
+        kept = [i for i, key in enumerate(self.space) if key not in settings.average]
+        found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        for cell in self.cells():
+            found.setdefault(tuple(cell[i] for i in kept), []).append(cell)
+        return list(found.values())
+
+    def is_searched(self, arm: Arm, settings: SweepConfig) -> bool:
+        """Whether a sampler chooses an arm's own hyperparameters."""
+        derived = arm.like is not None or arm.choose is not None
+        return bool(self.own[arm.name]) and not derived and not settings.is_grid
+
+    def count(self, settings: SweepConfig) -> int:
+        """Runs of all arms together, as far as they are known before."""
+        return len(self.cells()) * sum(self._count(arm, settings) for arm in self.study.arms)
+
+    def _count(self, arm: Arm, settings: SweepConfig) -> int:
+        if arm.like is not None or arm.choose is not None:
+            return arm.num_chosen
+        if self.is_searched(arm, settings):
+            return settings.trials or 0
+        return len(self.points(arm, ()))
 
 
 def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
@@ -96,7 +178,7 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
         What to run.
     """
     check_spelling(list(arguments))
-    chosen = dict(values_of(argument) for argument in arguments)
+    chosen = {axis.key: axis for axis in map(axis_of, arguments)}
     compare = all(_keeps_setting(key) for key in chosen)
     if "experiment" in chosen:
         study, chosen = _as_demo(study, chosen)
@@ -105,21 +187,22 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
     own = {arm.name: _axes(arm.space, chosen) for arm in study.arms}
     used = {*shared, *(key for axes in own.values() for key in axes)}
     fixed = {key: f"{key}={value}" for key, value in study.base.items()}
-    fixed |= {key: values[0] for key, values in chosen.items() if key not in used}
+    fixed |= {key: axis.overrides[0] for key, axis in chosen.items() if key not in used}
     return Plan(study, fixed, shared, own, compare)
 
 
-def values_of(argument: str) -> tuple[str, list[str]]:
-    """One override in Hydra's sweep grammar as a key and a plain override per value.
+def axis_of(argument: str) -> Axis:
+    """One override in Hydra's sweep grammar.
 
     Args:
-        argument: `task=sst2,mr` or `task.k=range(1,4)`, for example.
+        argument: `task=sst2,mr`, `task.k=range(1,4)` or `training.learning_rate=tag(log,
+            interval(1e-5,1e-3))`, for example.
 
     Returns:
-        The key and its overrides.
+        Its key and what it can be.
 
     Raises:
-        InputError: if it cannot be read, or is an interval.
+        InputError: if it cannot be read, or is an interval that is none.
     """
     argument = quote_null_prompt(argument)
     try:
@@ -128,13 +211,21 @@ def values_of(argument: str) -> tuple[str, list[str]]:
         raise InputError(explain(error, [argument])) from error
     key = str(override.get_key_element())
     if not override.is_sweep_override():
-        return key, [argument]
-    if not override.is_discrete_sweep():
+        return Axis(key, (argument.split("=", 1)[1] if "=" in argument else "",))
+    if override.is_discrete_sweep():
+        return Axis(key, tuple(override.sweep_string_iterator()))
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep), "neither one value nor a list"
+    low, high, tags = interval.start, interval.end, interval.tags
+    assert low is not None, "the parser wants both ends"
+    assert high is not None, "the parser wants both ends"
+    is_log = "log" in tags
+    if not low < high or (is_log and low <= 0):
         raise InputError(
-            f"{argument!r}: found an interval, expected values: every point of the space is run. "
-            f"List some, as in {key}=1e-4,1e-3."
+            f"{argument!r}: found {low:g} to {high:g}, expected two different numbers, the smaller "
+            "one first" + (", both above 0 with tag(log, ...)." if is_log else ".")
         )
-    return key, [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return Axis(key, (), low, high, is_log, isinstance(low, int) and isinstance(high, int))
 
 
 def check(plan: Plan) -> None:
@@ -147,11 +238,11 @@ def check(plan: Plan) -> None:
     """
     seen: set[str] = set()
     for arm in plan.study.arms:
-        own = plan.own[arm.like or arm.name]
-        for step in range(max(map(len, (*plan.space.values(), *own.values())), default=1)):
+        shared = [axis.overrides for axis in plan.space.values()]
+        own = [_ends(axis) for axis in plan.own[arm.like or arm.name].values()]
+        for step in range(max(map(len, (*shared, *own)), default=1)):
             cell, choice = (
-                tuple(values[step % len(values)] for values in axes.values())
-                for axes in (plan.space, own)
+                tuple(texts[step % len(texts)] for texts in axes) for axes in (shared, own)
             )
             point = plan.point(arm, cell, choice)
             if not seen.issuperset(point.overrides):
@@ -159,25 +250,30 @@ def check(plan: Plan) -> None:
                 point.compose()
 
 
-def spelt(axes: Mapping[str, Sequence[str]]) -> str:
+def _ends(axis: Axis) -> list[str]:
+    """Overrides of all values, of an interval of both ends."""
+    if not axis.is_interval:
+        return axis.overrides
+    return [axis.override(end) for end in (axis.low, axis.high)]
+
+
+def spelt(axes: Mapping[str, Axis]) -> str:
     """Axes as one would type them."""
-    return " ".join(
-        f"{key}={','.join(text.split('=', 1)[1] for text in texts)}" for key, texts in axes.items()
-    )
+    return " ".join(f"{key}={axis.text}" for key, axis in axes.items())
 
 
-def _as_demo(study: Study, chosen: Mapping[str, list[str]]) -> tuple[Study, dict[str, list[str]]]:
+def _as_demo(study: Study, chosen: Mapping[str, Axis]) -> tuple[Study, dict[str, Axis]]:
     """The study at the size of minutes, and the command line over it."""
-    if chosen["experiment"] != ["experiment=demo"]:
+    if chosen["experiment"].values != ("demo",):
         raise InputError(
-            f"{','.join(chosen['experiment'])}: expected experiment=demo, because a study sets "
-            "task and model itself. Give those keys of the experiment that you want."
+            f"experiment={chosen['experiment'].text}: expected experiment=demo, because a study "
+            "sets task and model itself. Give those keys of the experiment that you want."
         )
     if not study.demo:
         raise InputError(
             f"experiment=demo: {study.name} has no demo, expected demo=... in its file. Add it."
         )
-    kept = {key: values for key, values in chosen.items() if key != "experiment"}
+    kept = {key: axis for key, axis in chosen.items() if key != "experiment"}
     texts = [f"{key}={value}" for key, value in study.demo.items() if value is not None]
     small = replace(
         study,
@@ -185,36 +281,43 @@ def _as_demo(study: Study, chosen: Mapping[str, list[str]]) -> tuple[Study, dict
         base={key: v for key, v in study.base.items() if study.demo.get(key, v) is not None},
         arms=[replace(arm, space=arm.demo) for arm in study.arms],
     )
-    return small, dict(values_of(text) for text in texts) | kept
+    return small, {axis.key: axis for axis in map(axis_of, texts)} | kept
 
 
-def _check_keys(study: Study, chosen: Mapping[str, list[str]]) -> None:
+def _check_keys(study: Study, chosen: Mapping[str, Axis]) -> None:
     """Refuse keys that tell the arms apart, and several values of a key that is no axis.
 
     Raises:
         InputError: for the first such key.
     """
     axes = {*study.space, *(key for arm in study.arms for key in arm.space)}
-    for key, values in chosen.items():
+    for key, axis in chosen.items():
         for arm in study.arms:
             if key in arm.settings:
                 raise InputError(
                     f"{key}: {study.name} sets it to {arm.settings[key]} for its method "
                     f"{arm.name!r}. Drop it, or run `raykernel {arm.command.value}`."
                 )
-        if len(values) > 1 and key not in axes:
+        if len(axis.values) != 1 and key not in axes:
+            found = f"{len(axis.values)} values" if axis.values else "an interval"
             raise InputError(
-                f"{key}: found {len(values)} values, expected one, because {study.name} varies "
+                f"{key}: found {found}, expected one, because {study.name} varies "
                 f"only {', '.join(sorted(axes))}."
             )
 
 
-def _axes(space: Mapping[str, str], chosen: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Overrides by key of a space, the command line's where it has some."""
+def _axes(space: Mapping[str, str], chosen: Mapping[str, Axis]) -> dict[str, Axis]:
+    """Axes of a space by key, the command line's where it has some."""
     return {
-        key: chosen.get(key) or values_of(f"{key}={values}")[1] for key, values in space.items()
+        key: chosen[key] if key in chosen else axis_of(f"{key}={values}")
+        for key, values in space.items()
     }
 
 
+def is_harmless(key: str) -> bool:
+    """Whether a key says where data and results are, or how to compute; not what."""
+    return key in _HARMLESS or key.split(".")[0] in _HARMLESS
+
+
 def _keeps_setting(key: str) -> bool:
-    return key in _COMPARED or key in _HARMLESS or key.split(".")[0] in _HARMLESS
+    return key in _COMPARED or is_harmless(key)

@@ -40,6 +40,10 @@ class Arm:
     """Another arm, before this one, whose selected hyperparameters this one has."""
     demo: Mapping[str, str] = field(default_factory=dict)
     """Hyperparameters in place of `space` under experiment=demo."""
+    choose: Callable[[Sequence[Row]], Sequence[tuple[str, ...]]] | None = None
+    """From the rows of all arms before, of the same cell, to the hyperparameters of each run."""
+    num_chosen: int = 1
+    """Runs of a cell that `choose` or `like` will find, for counting before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,21 +12,22 @@ from __future__ import annotations
 import ast
 import itertools
 import runpy
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from raykernel.compose import ComposedRun
-from raykernel.console import Screen, counted
-from raykernel.errors import InputError, RaykernelError, nearest
+from raykernel.config import SweepConfig, fingerprint
+from raykernel.console import Screen, counted, duration
+from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel
+from raykernel.errors import InputError, nearest
 from raykernel.published import sweeps_dir
-from raykernel.space import Plan, Point, check, make_plan, spelt
-from raykernel.store.blocks import Store
-from raykernel.store.tables import TABLES
+from raykernel.runs import Ended, Run, Runner, make_run, rows_of, stored
+from raykernel.search import Search, check_settings
+from raykernel.space import Plan, Point, check, is_harmless, make_plan, spelt
 from raykernel.study import Arm, Row, Study, best_on_dev
-from raykernel.terms import Command, PromptStyle
+from raykernel.terms import Command, EngineName, PromptStyle, RunStatus
 
 USER_FOLDER = Path("sweeps")
 """A user's own studies, below the working folder."""
@@ -123,164 +124,304 @@ def _natural(name: str) -> tuple[int, str]:
     return int(digits or 0), name
 
 
-# ---------------------------------------------------------------- running points
+# ---------------------------------------------------------------- running
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A point that has been run."""
+    """A run that has ended, and its rows in the result tables."""
 
-    point: Point
+    ended: Ended
     rows: Sequence[Row]
-    error: str = ""
-    """Why it failed; empty if it did not."""
+    """None of a failure."""
+
+    @property
+    def point(self) -> Point:
+        """What was run."""
+        return self.ended.run.point
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Runs points. Each is independent of the others and may run anywhere that sees the store."""
-
-    def __call__(
-        self, points: Sequence[Point], run: Callable[[Point], list[Row]]
-    ) -> Iterator[Done]:
-        """Run all points, in any order; a failing one stops no other.
-
-        Args:
-            points: what to run.
-            run: runs one; the rows that it returns are stored by then.
-
-        Yields:
-            Every point once.
-        """
-
-
-def in_order(points: Sequence[Point], run: Callable[[Point], list[Row]]) -> Iterator[Done]:
-    """The engine that runs one point after the other in this process.
+class Tally:
+    """Counts the runs of a study, says how they end, and how far it is.
 
     Args:
-        points: what to run.
-        run: runs one.
-
-    Yields:
-        Every point once.
+        total: runs that are known of.
+        workers: that run at a time.
+        screen: where to say it.
     """
-    for point in points:
-        try:
-            rows, error = run(point), ""
-        except RaykernelError as failure:
-            rows, error = [], str(failure) or type(failure).__name__
-        except Exception as failure:
-            traceback.print_exception(failure)
-            rows, error = [], f"{type(failure).__name__}: {failure}"
-        yield Done(point, rows, error)
+
+    def __init__(self, total: int, workers: int, screen: Screen) -> None:
+        self._total = total
+        self._workers = workers
+        self._screen = screen
+        self._start = time.monotonic()
+        self._begun = self._ended = self._failed = self._stored = 0
+
+    def begin(self, run: Run) -> None:
+        """A run begins in this process."""
+        self._begun = max(self._begun, self._ended) + 1
+        self._screen.say(f"\n[{self._begun}/{self._total}] {run.point.text}")
+
+    def heard(self, ended: Ended) -> None:
+        """A run has ended, now or before."""
+        self._ended += 1
+        self._begun = max(self._begun, self._ended)
+        self._total = max(self._total, self._ended)
+        if ended.was_stored:
+            self._stored += 1
+        for note in ended.notes:
+            self._screen.note(note)
+        if ended.printed:
+            self._screen.say(f"\n[{self._ended}/{self._total}] {ended.run.point.text}")
+            self._screen.out.print(ended.printed, markup=False, end="")
+        if ended.status is RunStatus.failed:
+            self._failed += 1
+            before = ", before" if ended.was_stored else ""
+            cause = "" if ended.cause is None else ended.cause.value
+            self._screen.say(f"Failed ({cause}{before}): {ended.run.point.text}: {ended.error}")
+            if ended.trace:
+                self._screen.say(ended.trace)
+        if not ended.was_stored:
+            self._screen.say(self.line())
+
+    def line(self) -> str:
+        """How far it is."""
+        left = self._total - self._ended
+        running = min(self._workers, left)
+        parts = [f"{self._ended - self._failed} of {counted(self._total, 'run')} done"]
+        if self._failed:
+            parts.append(f"{self._failed} failed")
+        if left:
+            each = (time.monotonic() - self._start) / max(1, self._ended - self._stored)
+            parts += [f"{running} running"] if self._workers > 1 else []
+            parts += [f"{left - running if self._workers > 1 else left} left"]
+            parts.append(f"about {duration(each * left)} more")
+        return ", ".join(parts)
 
 
-def run_study(plan: Plan, screen: Screen, engine: Engine = in_order) -> list[Done]:
+def open_engine(settings: SweepConfig, screen: Screen, begin: Begin) -> Engine:
+    """The engine that a configuration names.
+
+    Args:
+        settings: which, and its workers.
+        screen: where they are reported.
+        begin: told of runs in this process.
+
+    Returns:
+        A context.
+    """
+    if settings.engine is EngineName.tune:
+        from raykernel.tune_engine import TuneEngine  # Ray takes seconds to import
+
+        return TuneEngine(settings, screen, begin)
+    return PoolEngine(settings, screen, begin)
+
+
+def run_study(plan: Plan, screen: Screen) -> list[Done]:
     """Run the arms of a study, one after the other.
 
     Args:
         plan: what to run.
         screen: where progress is shown.
-        engine: what runs the points of an arm.
 
     Returns:
-        Every point, run or failed.
+        Every run that has ended, now or before.
     """
-    total = plan.count()
-    numbers = itertools.count(1)
-
-    def run(point: Point) -> list[Row]:
-        screen.say(f"\n[{next(numbers)}/{total}] {point.text}")
-        return run_point(point, screen)
-
+    settings = plan.settings()
+    tally = Tally(plan.count(settings), settings.workers, screen)
+    runner = make_runner(settings, screen)
     found: list[Done] = []
-    for arm in plan.study.arms:
-        for done in engine(arm_points(plan, arm, found), run):
-            if done.error:
-                screen.say(f"Error: {done.error}")
-            found.append(done)
+    with open_engine(settings, screen, tally.begin) as engine:
+        for arm in plan.study.arms:
+            if plan.is_searched(arm, settings):
+                ended = search_arm(plan, arm, engine, runner, tally.heard)
+            else:
+                points = arm_points(plan, arm, found)
+                runs = [make_run(plan.study.name, point) for point in points]
+                ended = complete_runs(runs, engine, runner, tally.heard)
+            found += [Done(one, rows_of(one)) for one in ended]
     return found
 
 
-def arm_points(plan: Plan, arm: Arm, found: Sequence[Done]) -> list[Point]:
-    """Points of an arm; one that is `like` another has what dev selected of that, cell by cell.
+def make_runner(settings: SweepConfig, screen: Screen, *, shows: bool = False) -> Runner:
+    """What the workers of a study are.
 
-    A cell of which every point of the other arm failed is left out.
+    Args:
+        settings: its limits.
+        screen: whose width their output has.
+        shows: print what commands print.
+
+    Returns:
+        The worker, for a process that nobody looks at.
+    """
+    limit = settings.minutes
+    return Runner(
+        shows=shows,
+        width=screen.out.width,
+        deadline=None if limit is None else time.time() + 60 * limit,
+        retry_failed=settings.retry_failed,
+    )
+
+
+def complete_runs(runs: Sequence[Run], engine: Engine, runner: Runner, heard: Heard) -> list[Ended]:
+    """Do those runs that have not ended before.
+
+    Args:
+        runs: which.
+        engine: what does them.
+        runner: what its workers are.
+        heard: told of every run.
+
+    Returns:
+        How they ended, in their order; none of those after the deadline.
+    """
+    known: dict[str, Ended] = {}
+
+    def keep(ended: Ended) -> None:
+        known[ended.run.id] = ended
+        heard(ended)
+
+    missing = []
+    for run in {run.id: run for run in runs}.values():
+        before = stored(run, retry_failed=runner.retry_failed)
+        if before is not None and not (runner.shows and before.status is RunStatus.ok):
+            keep(before)
+        else:
+            missing.append(run)
+    if missing:
+        engine.run(by_kernel(missing), runner, keep)
+    return [replace(known[run.id], run=run) for run in runs if run.id in known]
+
+
+def search_arm(plan: Plan, arm: Arm, engine: Engine, runner: Runner, heard: Heard) -> list[Ended]:
+    """Search the hyperparameters of an arm, in each of its cells.
 
     Args:
         plan: what to run.
         arm: one of its arms.
-        found: points that have been run.
+        engine: what does the runs.
+        runner: what its workers are.
+        heard: told of every run.
+
+    Returns:
+        How all runs of the search ended, those of earlier calls too.
+    """
+    settings, found = plan.settings(), []
+    for cells in plan.cells_to_average(settings):
+        searcher = make_searcher(plan, arm, cells, runner)
+        count = searcher.search.resume(retry_failed=settings.retry_failed)
+        before = _ended(searcher)
+        for ended in before:
+            heard(ended)
+        if count:
+            engine.search(searcher, count, heard)
+        found += _ended(searcher) if count else before
+    return found
+
+
+def make_searcher(
+    plan: Plan, arm: Arm, cells: Sequence[tuple[str, ...]], runner: Runner
+) -> Searcher:
+    """The search of an arm over cells that are averaged.
+
+    Args:
+        plan: what to run.
+        arm: one of its arms.
+        cells: repetitions of every choice.
+        runner: what its workers are.
+
+    Returns:
+        What a worker of the search is.
+    """
+    settings = plan.settings()
+    before = plan.point(arm, (), ()).overrides
+    asked = [text for text in before if not is_harmless(text.split("=", 1)[0])]
+    axes, name = plan.own[arm.name], plan.study.name
+    question = [arm.command.value, asked, cells, spelt(axes), settings.metrics]
+    directions = [direction.value for direction in settings.directions]
+    search = Search(
+        journal=plan.store_path() / "sweeps" / f"{name}.journal",
+        name=f"{name}, {arm.name}, {fingerprint([*question, directions])}",
+        axes=axes,
+        sampler=settings.sampler,
+        seed=settings.seed,
+        metrics=settings.metrics,
+        directions=settings.directions,
+        trials=settings.trials or 0,
+    )
+    return Searcher(search, runner, name, arm.name, arm.command, before, tuple(cells))
+
+
+def _ended(searcher: Searcher) -> list[Ended]:
+    """Runs of all choices that were tried; each once."""
+    tried = [run for choice in searcher.search.choices() for run in searcher.runs(choice)]
+    found = (stored(run, retry_failed=False) for run in {run.id: run for run in tried}.values())
+    return [ended for ended in found if ended is not None]
+
+
+def arm_points(plan: Plan, arm: Arm, found: Sequence[Done]) -> list[Point]:
+    """Points of an arm.
+
+    One that is `like` another has what dev selected of that, cell by cell; one that has `choose`
+    has what this finds. A cell of which every point of the other arm failed is left out.
+
+    Args:
+        plan: what to run.
+        arm: one of its arms.
+        found: runs that have ended.
 
     Returns:
         The points.
     """
-    if arm.like is None:
+    if arm.like is None and arm.choose is None:
         return [point for cell in plan.cells() for point in plan.points(arm, cell)]
     points = []
     for cell in plan.cells():
-        same = [done for done in found if (done.point.arm, done.point.cell) == (arm.like, cell)]
+        same = [done for done in found if done.point.cell == cell]
         rows = [{**row, "own": done.point.own} for done in same for row in done.rows]
+        if arm.choose is not None:
+            points += [plan.point(arm, cell, own) for own in arm.choose(rows)] if rows else []
+            continue
+        rows = [row for row in rows if row["arm"] == arm.like]
         points += [plan.point(arm, cell, row["own"]) for row in best_on_dev(rows, by=())]
     return points
 
 
-def run_point(point: Point, screen: Screen) -> list[Row]:
-    """Run one point, or read what it found before.
+# ---------------------------------------------------------------- -m
+
+
+def run_many(command: Command, composed: Sequence[ComposedRun], screen: Screen) -> int:
+    """The combinations that -m makes, by the engine of studies.
 
     Args:
-        point: what to run.
-        screen: where progress is shown.
+        command: what to run.
+        composed: the combinations.
+        screen: where results and progress are shown.
 
     Returns:
-        Its rows in the result tables: of the command kernel one per kind, of spectrum one per set
-        of layers; that of finetune has the rows of its curve beside.
+        0 if all went well, 1 if some failed.
+
+    Raises:
+        InputError: if a sampler is asked for.
     """
-    rows = _RUN[point.command](point.compose(), screen)
-    return [{**row, "arm": point.arm} for row in rows]
-
-
-def _run_kernel(run: ComposedRun, screen: Screen) -> list[Row]:
-    from raykernel.pipeline import kernel, result_key
-
-    prepared = kernel(run.config, run.overrides, screen).prepared
-    store = Store(run.config.store.path)
-    kinds = run.config.kernel.kinds
-    return [row for kind in kinds for row in store.rows("kernels", **result_key(prepared, kind))]
-
-
-def _run_spectrum(run: ComposedRun, screen: Screen) -> list[Row]:
-    from raykernel.spectra import result_rows, spectra
-
-    found = spectra(run.config, run.overrides, screen)
-    store, key = Store(run.config.store.path), TABLES["spectra"].key
-    files = [{name: rows[0][name] for name in key} for rows in result_rows(found, run.overrides)]
-    return [row for one in files for row in store.rows("spectra", **one)]
-
-
-def _run_finetune(run: ComposedRun, screen: Screen) -> list[Row]:
-    from raykernel.trials import run_trial
-
-    if run.config.training.twin:
-        from raykernel.twins import run_twin
-
-        return run_twin(run.config, run.overrides, screen).rows
-    found = run_trial(run.config, run.overrides, screen)
-    return [{**found.row, "curve": found.curve}]
-
-
-def _run_behavior(run: ComposedRun, screen: Screen) -> list[Row]:
-    from raykernel.behavior import behavior, result_row
-
-    return [result_row(behavior(run.config, run.overrides, screen), run.overrides)]
-
-
-_RUN: dict[Command, Callable[[ComposedRun, Screen], list[Row]]] = {
-    Command.kernel: _run_kernel,
-    Command.spectrum: _run_spectrum,
-    Command.finetune: _run_finetune,
-    Command.behavior: _run_behavior,
-}
+    settings = composed[0].config.sweep
+    if not settings.is_grid:
+        raise InputError(
+            f"sweep.sampler: found {settings.sampler}, expected grid with -m, which runs every "
+            "combination. A study (`raykernel sweep`) has a space to draw from."
+        )
+    points = [Point(command.value, command, run.overrides, run.overrides, ()) for run in composed]
+    runs = [make_run(command.value, *pair) for pair in zip(points, composed, strict=True)]
+    tally = Tally(len(runs), settings.workers, screen)
+    runner = make_runner(settings, screen, shows=True)
+    with open_engine(settings, screen, tally.begin) as engine:
+        ended = complete_runs(runs, engine, runner, tally.heard)
+    failed = [one for one in ended if one.status is RunStatus.failed]
+    if failed:
+        screen.say(f"\n{len(failed)} of {counted(len(runs), 'run')} failed:")
+        for one in failed:
+            screen.say(f"  {' '.join(one.run.point.cell)}: {one.text}")
+    return 1 if failed else 0
 
 
 # ---------------------------------------------------------------- the command
@@ -306,6 +447,7 @@ def sweep(arguments: Sequence[str], screen: Screen) -> int:
         describe(plan, screen)
         return 0
     check(plan)
+    check_settings(plan)
     return show(plan, run_study(plan, screen), screen)
 
 
@@ -323,9 +465,8 @@ def describe(plan: Plan, screen: Screen) -> None:
         rows.append([arm.name, arm.command.value, f"{settings} {own}".strip()])
     screen.table(["method", "command", "with"], rows, title=plan.study.question)
     fixed = " ".join(plan.fixed.values())
-    screen.out.print(
-        f"{counted(plan.count(), 'run')}" + (f", all with {fixed}" if fixed else ""), markup=False
-    )
+    number = counted(plan.count(plan.settings()), "run")
+    screen.out.print(number + (f", all with {fixed}" if fixed else ""), markup=False)
 
 
 def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
@@ -339,9 +480,11 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     Returns:
         The exit code.
     """
-    study, total = plan.study, plan.count()
+    study = plan.study
+    total = max(plan.count(plan.settings()), len(found))
     rows = [row for done in found for row in done.rows]
-    failed = [done for done in found if done.error]
+    failed = [done.ended for done in found if done.ended.status is RunStatus.failed]
+    stopped = sum(done.ended.status is RunStatus.stopped for done in found)
     screen.out.print(f"\n{study.question}", markup=False)
     for sheet in study.table(rows, compare=plan.compare):
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
@@ -353,12 +496,15 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
         screen.note("the setting is not the paper's, so that its numbers are not shown.")
     left_out = total - len(found)
     screen.out.print(
-        f"{study.name}: {len(found) - len(failed)} of {total} runs are complete"
+        f"{study.name}: {len(found) - len(failed) - stopped} of {total} runs are complete"
         + (f", {len(failed)} failed" if failed else "")
+        + (f", {stopped} were stopped early" if stopped else "")
         + (f", {left_out} could not begin" if left_out else "")
         + ". The same command computes only what is missing.",
         markup=False,
     )
-    for done in failed:
-        screen.say(f"  {done.point.text}: {done.error.splitlines()[0]}")
+    for ended in failed:
+        screen.say(f"  {ended.run.point.text}: {ended.text}")
+    if any(ended.was_stored for ended in failed):
+        screen.say("Those that failed before by themselves run again with sweep.retry_failed=true.")
     return 1 if failed else 0

@@ -251,8 +251,65 @@ class Command(Enum):
 
     kernel = "kernel"
     spectrum = "spectrum"
+    select = "select"
     finetune = "finetune"
     behavior = "behavior"
+
+    @property
+    def is_of_kernel(self) -> bool:
+        """It computes blocks and trains nothing: runs of one kernel share them."""
+        return self in (Command.kernel, Command.spectrum, Command.select)
+
+
+class EngineName(Enum):
+    """What runs the runs of a study."""
+
+    pool = "pool"
+    """This process, or with several workers Ray actors."""
+    tune = "tune"
+    """Ray Tune."""
+
+
+class Direction(Enum):
+    """Which values of a metric are better."""
+
+    max = "max"
+    min = "min"
+
+
+class Stopping(Enum):
+    """Which runs end early."""
+
+    none = "none"
+    asha = "asha"
+    """Asynchronous successive halving (Li et al. 2020): those behind at an evaluation."""
+
+
+class RunStatus(Enum):
+    """How a run of a study ended."""
+
+    ok = "ok"
+    failed = "failed"
+    stopped = "stopped"
+    """Early, because others are better."""
+
+
+class Cause(Enum):
+    """Why a run failed."""
+
+    memory = "memory"
+    diverged = "diverged"
+    """A number that is not finite."""
+    input = "input"
+    """Of the user; nothing was computed."""
+    lost = "lost"
+    """Its process died."""
+    error = "error"
+
+    @property
+    def is_of_the_run(self) -> bool:
+        """It would fail again: not that of a lost process, or of input that may have changed."""
+        return self not in (Cause.input, Cause.lost)
 
 
 class Criterion(Enum):

@@ -26,7 +26,7 @@ from raykernel.prepared import Prepared, example_labels, prepare, problem_column
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Precision, Split
-from raykernel.training.spec import Point, Receipt, Result, ResultT, TrialSpec
+from raykernel.training.spec import Point, Receipt, Result, ResultT, TrialSpec, Watch
 
 _STEPS_PER_JOB = 10
 """Steps between signs of life, where no evaluation comes before."""
@@ -57,6 +57,7 @@ def run_trial(
     overrides: tuple[str, ...],
     screen: Screen,
     executor: Executor | None = None,
+    watch: Watch | None = None,
 ) -> TrialOutcome:
     """Fine-tune, or read what a trial found that has ended before.
 
@@ -65,21 +66,22 @@ def run_trial(
         overrides: the command line that made it, kept with the result.
         screen: where progress is shown.
         executor: where to train, if one is open; None: one of its own.
+        watch: told of evaluations; what it raises ends the run, which goes on from there later.
 
     Returns:
         Its rows and where its parameters are.
 
     Raises:
-        RunError: if loss or gradient stop being finite; nothing is stored then.
+        DivergedError: if loss or gradient stop being finite; nothing is stored then.
     """
     check_training(config)
     prepared = prepare(config, screen)
     check_pull(prepared)
     if executor is not None:
-        return complete_trial(prepared, overrides, executor, screen)
+        return complete_trial(prepared, overrides, executor, screen, watch)
     compute = dataclasses.replace(config.compute, workers=1)  # no more would have a job
     with contextlib.closing(LateExecutor(compute, screen)) as own:
-        return complete_trial(prepared, overrides, own, screen)
+        return complete_trial(prepared, overrides, own, screen, watch)
 
 
 def check_training(config: RunConfig) -> None:
@@ -121,7 +123,11 @@ def check_pull(prepared: Prepared) -> None:
 
 
 def complete_trial(
-    prepared: Prepared, overrides: tuple[str, ...], executor: Executor, screen: Screen
+    prepared: Prepared,
+    overrides: tuple[str, ...],
+    executor: Executor,
+    screen: Screen,
+    watch: Watch | None = None,
 ) -> TrialOutcome:
     """The same for a run whose input is read.
 
@@ -130,6 +136,7 @@ def complete_trial(
         overrides: the command line that made it, kept with the result.
         executor: where to train.
         screen: where progress is shown.
+        watch: told of evaluations.
 
     Returns:
         Its rows and where its parameters are.
@@ -147,7 +154,7 @@ def complete_trial(
         screen.say(f"Trial {trial} is stored: computing 0 steps.")
     else:
         files = store.begin_trial(trial)
-        result = train(trial_spec(prepared, training, files), executor, screen)
+        result = train(trial_spec(prepared, training, files), executor, screen, watch)
         curve = [{"trial": trial, **dataclasses.asdict(point)} for point in result.curve]
         store.write_results("curves", curve)
         row = _row(prepared, training, result, overrides)
@@ -205,18 +212,28 @@ def trial_spec(prepared: Prepared, training: TrainingConfig, files: TrialFiles) 
     )
 
 
-def train(spec: TrialSpec, executor: Executor, screen: Screen) -> Result:
+def train(
+    spec: TrialSpec, executor: Executor, screen: Screen, watch: Watch | None = None
+) -> Result:
     """Train from the start or from the checkpoint to the end, on one worker.
 
     Args:
         spec: what to train.
         executor: where.
         screen: where evaluations and progress are shown.
+        watch: told of evaluations.
 
     Returns:
         What was found; θ_FT is in the store.
     """
-    return run_steps(spec.steps, spec.files.checkpoint, spec=spec, executor=executor, screen=screen)
+    return run_steps(
+        spec.steps,
+        spec.files.checkpoint,
+        spec=spec,
+        executor=executor,
+        screen=screen,
+        watch=watch,
+    )
 
 
 def run_steps(
@@ -226,6 +243,7 @@ def run_steps(
     spec: TrialSpec,
     executor: Executor,
     screen: Screen,
+    watch: Watch | None = None,
 ) -> ResultT:
     """Have a worker train up to one step after the other, and see how it goes.
 
@@ -235,6 +253,7 @@ def run_steps(
         spec: what is trained.
         executor: where.
         screen: where evaluations and progress are shown.
+        watch: told of evaluations.
 
     Returns:
         What the last step gave.
@@ -264,6 +283,8 @@ def run_steps(
                 if point.step > shown:
                     screen.say(_line(point, spec))
                     shown = point.step
+                    if watch is not None and point.step:
+                        watch(point)
             advance(outcome.job - before[outcome.job])
             result = receipt.result or result
     if result is None:

@@ -34,6 +34,7 @@ from raykernel.store.blocks import Store
 from raykernel.store.grid import Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import linearized_changes, linearized_name
+from raykernel.store.results import table_files
 from raykernel.store.verify import verify
 from raykernel.terms import Kind
 from tests import oracles, tiny
@@ -233,9 +234,9 @@ def test_what_was_lost_is_computed_again_to_the_bit(
 
 def test_damaged_files_are_named_and_removed(found: Behavior) -> None:
     _, after = handles(found)
-    (row,) = (
+    *_, row = (
         path
-        for path in Path("store/behavior").glob("*.parquet")
+        for path in table_files(Path("store"), "behavior").answers
         if found.trial.encode() in path.read_bytes()
     )
     names = [row, Path("store/kernels") / after.fingerprint / linearized_name(4)]

@@ -26,6 +26,7 @@ from raykernel.problem.batches import collate
 from raykernel.problem.probe import Head
 from raykernel.store.blocks import Store
 from raykernel.store.query import query
+from raykernel.store.results import table_files
 from raykernel.store.verify import verify
 from raykernel.terms import Split
 from raykernel.training.room import held_bytes, pass_bytes
@@ -302,7 +303,7 @@ def test_damaged_files_of_a_trial_are_found_removed_and_made_again(model, here):
 
 def test_a_damaged_checkpoint_is_dropped(model, here, capsys):
     outcome = run(model)
-    for path in outcome.files.path.glob("trial-*"):
+    for path in table_files(Path("store"), "trials").answers:
         path.unlink()
     outcome.files.checkpoint.write_bytes(b"\x00" * 100)
     assert run(model).curve == outcome.curve

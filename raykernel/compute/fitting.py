@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from raykernel.compute import memory, process
 from raykernel.config import ComputeConfig
-from raykernel.errors import RunError
+from raykernel.errors import OutOfMemoryError
 from raykernel.ntk.passes import is_out_of_memory
 from raykernel.ntk.product import ProductBytes
 
@@ -56,7 +56,7 @@ class Fitting(Generic[SizeT]):
             What the work returned.
 
         Raises:
-            RunError: if memory runs out in the smallest pieces.
+            OutOfMemoryError: if memory runs out in the smallest pieces.
         """
         while True:
             try:
@@ -65,7 +65,7 @@ class Fitting(Generic[SizeT]):
                 if not is_out_of_memory(error):
                     raise
                 if (smaller := self._smaller(self.size)) == self.size:
-                    raise RunError(
+                    raise OutOfMemoryError(
                         f"Memory ran out {doing}. Expected {self._compute.memory_gb:g} GiB for "
                         f"this worker (compute.memory_gb). Free memory, or lower {lower}."
                     ) from error

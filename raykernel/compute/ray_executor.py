@@ -131,6 +131,32 @@ class RayExecutor:
 # ------------------------------------------------------------------ the cluster
 
 
+@contextlib.contextmanager
+def cluster(compute: ComputeConfig) -> Iterator[None]:
+    """Start or join a cluster that several executors in a row use.
+
+    Args:
+        compute: the address, and the resources of all workers at a time.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: if no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if compute.address is None:
+        _start_cluster(compute)
+    else:
+        _join_cluster(compute.address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _start_cluster(compute: ComputeConfig) -> None:
     """Start Ray on this machine, for this process.
 

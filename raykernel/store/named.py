@@ -52,6 +52,36 @@ _SCORED = """
 """
 """Every result that has a test score, under its method."""
 
+_RESULTS = """
+    found AS (
+        SELECT study, run, arm, overrides, result ->> '$[0]' AS source, result -> '$[1]' AS key
+        FROM (
+            SELECT *, unnest(from_json(results, '["JSON"]')) AS result
+            FROM runs WHERE status = 'ok' AND study IN ($1, $2)
+        )
+    ),
+    scores AS (
+        SELECT study, run, arm || ' (' || kind || ')' AS method, task, model, prompt, k, seed,
+            metric, dev, kernel_regression AS test
+        FROM found JOIN kernels ON source = 'kernels' AND fingerprint = key ->> 'fingerprint'
+            AND kind = key ->> 'kind' AND solver = key ->> 'solver'
+        UNION ALL
+        SELECT study, run, arm, task, model, prompt, k, seed, metric, dev, finetuned
+        FROM found JOIN trials ON source = 'trials' AND trial = key ->> 'trial'
+        UNION ALL
+        SELECT study, run, arm, task, model, prompt, k, seed, metric, NULL, score
+        FROM found JOIN twins ON source = 'twins' AND trial = key ->> 'trial' AND split = 'test'
+    ),
+    chosen AS (
+        SELECT * FROM scores
+        QUALIFY row_number() OVER (
+            PARTITION BY study, method, task, model, prompt, k, seed
+            ORDER BY dev DESC NULLS LAST, run
+        ) = 1
+    )
+"""
+"""Test scores of the runs of two studies, of each cell those that dev selects."""
+
 QUERIES = {
     "best": NamedQuery(
         "the best method of every problem: test scores in mean and deviation over seeds, of the "
@@ -88,6 +118,39 @@ QUERIES = {
         avg(seconds) AS mean_seconds, max(peak) / 1024 ** 3 AS peak_gib, max(created) AS last
     FROM spent GROUP BY ALL ORDER BY seconds DESC NULLS LAST, command, task, model
     """,
+    ),
+    "failed": NamedQuery(
+        "runs of studies that failed, by what was the matter",
+        """
+    SELECT study, arm, command, cause, error, seconds, host, created, overrides, run
+    FROM runs WHERE status = 'failed' ORDER BY study, cause, created
+    """,
+    ),
+    "missing": NamedQuery(
+        "runs of a study that have not ended well; overrides may follow, as for `raykernel sweep`",
+        """
+    SELECT planned.arm, planned.command, coalesce(status, 'not begun') AS status, cause, error,
+        planned.overrides, planned.run
+    FROM planned LEFT JOIN runs ON runs.run = planned.run AND runs.study = $1
+    WHERE status IS NULL OR status = 'failed'
+    ORDER BY planned.number
+    """,
+        ("NAME",),
+    ),
+    "compare": NamedQuery(
+        "two studies side by side: mean test scores of what dev selects, where both have the "
+        "same method, task, model, prompt, k and seeds",
+        f"""
+    WITH {_RESULTS}
+    SELECT method, task, model, prompt, k, metric, count(*) AS seeds, avg(a.test) AS first,
+        avg(b.test) AS second, avg(b.test - a.test) AS difference,
+        stddev_pop(b.test - a.test) AS deviation
+    FROM (SELECT * FROM chosen WHERE study = $1) AS a
+    JOIN (SELECT * FROM chosen WHERE study = $2) AS b
+        USING (method, task, model, prompt, k, seed, metric)
+    GROUP BY ALL ORDER BY method, task, model, prompt, k
+    """,
+        ("A", "B"),
     ),
 }
 

@@ -18,6 +18,7 @@ Files written before a column existed read as null there.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import time
@@ -25,6 +26,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ COMPACTED = "compacted"
 KEY, VERSION = "raykernel_key", "raykernel_version"
 """Columns that a compacted file has beside those of its table."""
 
-_ROWS_PER_GROUP = 512
+_ROWS_PER_GROUP = 256
 """Rows of a compacted file that are read where one key's are wanted."""
 _ANSWER = re.compile(r"([0-9a-f]{16})-([0-9a-f]{24})-([0-9a-f]{16})\.arrow")
 _MERGED = re.compile(r"([0-9a-f]{24})-([0-9a-f]{16})\.parquet")
@@ -147,12 +149,13 @@ class TableFiles:
         return {path.name[:16]: path for path in sorted(self.answers)}
 
 
-def table_files(root: Path, table: str) -> TableFiles:
+def table_files(root: Path, table: str, key: str = "") -> TableFiles:
     """Files of a table.
 
     Args:
         root: folder of the store.
         table: name of the table.
+        key: which answers; empty: all.
 
     Returns:
         Their paths: of every row that was there at the time of the call.
@@ -161,7 +164,7 @@ def table_files(root: Path, table: str) -> TableFiles:
     folder = table_folder(root, table)
     before = _matching(folder / COMPACTED, _MERGED)
     while True:
-        answers = _matching(folder, _ANSWER)
+        answers = _matching(folder, _ANSWER, key)
         compacted = _matching(folder / COMPACTED, _MERGED)
         # A file that appears among the compacted ones may hold answers that were deleted before
         # they could be listed.
@@ -182,13 +185,13 @@ def is_result(path: Path) -> bool:
     return bool((_MERGED if path.parent.name == COMPACTED else _ANSWER).fullmatch(path.name))
 
 
-def _matching(folder: Path, pattern: re.Pattern[str]) -> tuple[Path, ...]:
+def _matching(folder: Path, pattern: re.Pattern[str], start: str = "") -> tuple[Path, ...]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if pattern.fullmatch(entry.name))
+            names = [entry.name for entry in entries if entry.name.startswith(start)]
     except FileNotFoundError:
         return ()
-    return tuple(folder / name for name in names)
+    return tuple(folder / name for name in sorted(names) if pattern.fullmatch(name))
 
 
 # ---------------------------------------------------------------- reading
@@ -238,11 +241,10 @@ def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]
     if not (root / spec.folder.format(**key)).is_dir():
         return []
     while True:
-        files = table_files(root, table)
-        newest = files.newest().get(wanted)
+        files = table_files(root, table, wanted)
         try:
-            parts = [_rows_of(path, wanted, spec) for path in files.compacted]
-            parts += [] if newest is None else [read_file(newest, spec)]
+            parts = [_rows_of(_compacted(path), wanted, spec) for path in files.compacted]
+            parts += [read_file(path, spec) for path in files.answers[-1:]]
         except FileNotFoundError:  # compacted meanwhile
             continue
         rows = newest_rows(parts, spec)
@@ -276,10 +278,17 @@ def read_file(path: Path, spec: ResultTable) -> pa.Table:
         return _in_schema(rows, spec.schema)
 
 
-def _rows_of(path: Path, key: str, spec: ResultTable) -> pa.Table:
-    """Rows of a compacted file with one key, without decoding all of it."""
+@lru_cache(maxsize=8)
+def _compacted(path: Path) -> bytes:
+    """Content of a compacted file; a study asks it for one row after the other."""
     content = path.read_bytes()
-    with _blaming(path, content), pq.ParquetFile(pa.BufferReader(content)) as file:
+    with _blaming(path, content):
+        return content
+
+
+def _rows_of(content: bytes, key: str, spec: ResultTable) -> pa.Table:
+    """Rows of a compacted file with one key, without decoding all of it."""
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
         at = file.schema_arrow.get_field_index(KEY)
         groups = []
         for number in range(file.num_row_groups):
@@ -287,7 +296,7 @@ def _rows_of(path: Path, key: str, spec: ResultTable) -> pa.Table:
             if keys.min <= key <= keys.max:
                 groups.append(number)
         found = file.read_row_groups(groups)
-        return _in_schema(found.filter(pc.equal(found[KEY], key)), spec.schema)
+    return _in_schema(found.filter(pc.equal(found[KEY], key)), spec.schema)
 
 
 def rescue(path: Path, spec: ResultTable) -> None:
@@ -410,3 +419,8 @@ def _blaming(path: Path, content: bytes) -> Iterator[None]:
             f"{path}: damaged or foreign ({reason}). Expected a result that raykernel wrote. Run "
             f"`raykernel verify --remove`, then its configuration again."
         ) from error
+
+
+def to_json(value: object) -> str:
+    """Text of a value for the JSON columns: keys sorted."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

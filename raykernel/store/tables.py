@@ -87,6 +87,11 @@ TABLES = {
         key=("fingerprint", "trial", "solver", "criteria"),
         folder="kernels/{fingerprint}",
     ),
+    "runs": ResultTable(
+        "Runs of studies: one row per run that ended, well or not.",
+        trialcolumns.RUNS,
+        key=("study", "run"),
+    ),
 }
 
 

@@ -188,3 +188,19 @@ BEHAVIOR = (
     CREATED,
     OVERRIDES,
 )
+
+RUNS = (
+    text("study", "Name of its file in sweeps/, or the command that had -m."),
+    text("run", "Hash of the command and its configuration."),
+    text("arm", "Method of the study."),
+    text("command", "Command that was run."),
+    text("status", "ok, failed, or stopped early."),
+    text("cause", "Of a failure: memory, diverged, input, lost or error; null: none."),
+    text("error", "What was said of a failure; null: none."),
+    text("results", "Where its results are, as JSON: a list of [table, key columns]."),
+    SECONDS,
+    text("host", "Machine that ran it."),
+    CREATED,
+    VERSIONS,
+    OVERRIDES,
+)

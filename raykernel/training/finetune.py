@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from raykernel.analysis.regression import score
 from raykernel.config import Json, RegularizationConfig, TrainingConfig
-from raykernel.errors import RunError
+from raykernel.errors import DivergedError
 from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.passes import checked_logits, selected_parameters
 from raykernel.ntk.random_matrix import Entries, RandomMatrices
@@ -106,7 +106,7 @@ def finetune(
 
     Raises:
         InputError: if nothing is to be trained, or the logits have another shape than (n, c).
-        RunError: if loss or gradient stop being finite.
+        DivergedError: if loss or gradient stop being finite.
     """
     trainer = Trainer(
         module,
@@ -190,7 +190,7 @@ class Trainer:
 
         Raises:
             InputError: if the logits have another shape than (n, c).
-            RunError: if loss or gradient stop being finite.
+            DivergedError: if loss or gradient stop being finite.
         """
         training, before, start = self._training, len(self.curve), time.monotonic()
         assert training.steps is not None, "a resolved configuration"
@@ -338,9 +338,9 @@ class Trainer:
         epochs, rest = divmod(self.step, per_epoch)
         return epochs + min(1.0, rest * self._training.batch_size / num_train)
 
-    def _diverged(self, what: str, loss: float, norm: float | None, rate: float) -> RunError:
+    def _diverged(self, what: str, loss: float, norm: float | None, rate: float) -> DivergedError:
         unclipped = self._training.max_grad_norm is None
-        return RunError(
+        return DivergedError(
             f"training: at step {self.step} of {self._training.steps}, learning rate {rate:.3g}, "
             f"the {what} was {loss:g} and the gradient's norm {norm}; expected finite numbers. "
             "Lower training.learning_rate"

@@ -76,6 +76,10 @@ class Point:
     """‖θ - θ_0‖ over the trained parameters."""
 
 
+Watch = Callable[[Point], None]
+"""Told of every evaluation but that of θ_0, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt(Generic[ResultT]):
     """What is left to say about some steps."""

@@ -24,7 +24,7 @@ from raykernel.compute import examples, kept, process
 from raykernel.compute.loading import settle
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import assign
-from raykernel.errors import RunError
+from raykernel.errors import DivergedError
 from raykernel.ntk.operator_norm import norm_of_change, norms_on_sphere, operator_norm
 from raykernel.ntk.passes import checked_logits, selected_parameters
 from raykernel.ntk.product import tangents
@@ -89,13 +89,13 @@ class Twin:
             What was found on the way.
 
         Raises:
-            RunError: if the twin's loss or gradient stop being finite.
+            DivergedError: if the twin's loss or gradient stop being finite.
         """
         trainer, files = self._trainer, self._spec.files
         try:
             points = advance(trainer, until, files.twin_checkpoint)
-        except RunError as error:
-            raise RunError(
+        except DivergedError as error:
+            raise DivergedError(
                 f"The linear twin has left the numbers while its run, which is stored, has not: "
                 f"{error}"
             ) from error

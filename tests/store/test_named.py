@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raykernel.errors import InputError
@@ -15,6 +17,7 @@ from raykernel.store.named import QUERIES, named_query
 from raykernel.store.query import query
 from tests.store import stores
 
+PLANNED = ("number", "arm", "command", "run", "overrides")
 SCORES = {  # (seed, learning rate) → (dev, test)
     (13, 0.1): (0.7, 0.50),
     (13, 0.2): (0.8, 0.60),
@@ -54,7 +57,7 @@ def test_best_is_the_mean_over_seeds_of_what_dev_selects(store: Store) -> None:
     assert tuned["deviation"] == pytest.approx(statistics.pstdev(selected))
     assert (tuned["seeds"], tuned["best_run"]) == (2, "21-0.1")
     assert found["kernel regression (signgd)"]["test"] == 0.65
-    assert list(found)[0] == "fine-tuning (sgd, full)"
+    assert next(iter(found)) == "fine-tuning (sgd, full)"
 
 
 def test_cost_counts_what_kinds_share_once(store: Store) -> None:
@@ -64,11 +67,65 @@ def test_cost_counts_what_kinds_share_once(store: Store) -> None:
     assert (kernel["peak_gib"], tuned["peak_gib"]) == (2.0, 1.0)
 
 
+def test_failed_and_missing_runs_are_told_apart(store: Store) -> None:
+    rows = [("a", "ok", None), ("b", "failed", "memory"), ("c", "stopped", None)]
+    for run_id, status, cause in rows:
+        end = {"status": status, "cause": cause, "results": "[]", "arm": "sgd"}
+        store.write_result("runs", {"study": "mine", "run": run_id, **end})
+    store.write_result("runs", {"study": "other", "run": "d", "status": "ok", "results": "[]"})
+    assert [(row["run"], row["cause"]) for row in run(store, "failed")] == [("b", "memory")]
+    planned = pa.table(
+        {
+            "number": [0, 1, 2, 3],
+            "arm": ["sgd"] * 4,
+            "command": ["finetune"] * 4,
+            "run": ["a", "b", "c", "d"],
+            "overrides": [["k=1"]] * 4,
+        }
+    )
+    sql = named_query("missing").sql
+    found = query(sql, store.path, parameters=["mine"], tables={"planned": planned})
+    missing = [(row["run"], row["status"]) for row in found.to_pylist()]
+    assert missing == [("b", "failed"), ("d", "not begun")]  # d has ended in another study only
+
+
+def test_compare_is_the_mean_difference_over_the_cells_of_both(store: Store) -> None:
+    """Of each cell the run that dev selects, in two studies that have two seeds in common."""
+    solver = '{"ridge":1}'
+    results = {
+        "first": [["trials", {"trial": name}] for name in ("13-0.1", "13-0.2", "21-0.2")],
+        "second": [["trials", {"trial": name}] for name in ("13-0.1", "21-0.1")],
+    }
+    for study, keys in results.items():
+        for number, key in enumerate(keys):
+            end = {"status": "ok", "arm": "SGD", "results": json.dumps([key])}
+            store.write_result("runs", {"study": study, "run": str(number), **end})
+        key = {"fingerprint": "f", "kind": "sgd", "solver": solver}
+        both = json.dumps([["kernels", key], ["kernels", key | {"kind": "signgd"}]])
+        end = {"status": "ok", "arm": "K", "results": both}
+        store.write_result("runs", {"study": study, "run": "k", **end})
+    by_method = {row["method"]: row for row in run(store, "compare", "first", "second")}
+    kernel = by_method["K (sgd)"]
+    assert (kernel["seeds"], kernel["difference"]) == (1, 0.0)
+    assert by_method["K (signgd)"]["seeds"] == 1
+    tuned = by_method["SGD"]
+    first, second = [0.60, 0.40], [0.50, 0.90]  # seeds 13 and 21
+    assert tuned["seeds"] == 2
+    assert tuned["first"] == pytest.approx(statistics.fmean(first))
+    assert tuned["second"] == pytest.approx(statistics.fmean(second))
+    gains = [b - a for a, b in zip(first, second, strict=True)]
+    assert tuned["difference"] == pytest.approx(statistics.fmean(gains))
+    assert tuned["deviation"] == pytest.approx(statistics.pstdev(gains))
+
+
 def test_every_named_query_answers_on_a_store_of_one_row(tmp_path: Path) -> None:
     store = Store(tmp_path / "one")
     store.write_result("trials", {"trial": "t"})
     for name, named in QUERIES.items():
-        assert query(named.sql, store.path, parameters=["x"] * len(named.arguments)) is not None
+        planned = pa.table({key: pa.array([], pa.string()) for key in PLANNED})
+        given = ["x"] * len(named.arguments)
+        tables = {"planned": planned}
+        assert query(named.sql, store.path, parameters=given, tables=tables) is not None
         assert named.about, name
 
 
