@@ -1,4 +1,7 @@
-"""`raykernel list`: what can be chosen, with a sentence each."""
+"""`raykernel list`: what can be chosen, with a sentence each.
+
+Hydra and what runs studies take a second to import, and only some lists need them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from raykernel.compose import conf_dir
 from raykernel.errors import InputError, nearest
 from raykernel.meanings import meanings
-from raykernel.sweep import question_of, study_files
 from raykernel.terms import Criterion
 
 
@@ -22,12 +23,16 @@ def choices(group: str) -> dict[str, str]:
     Returns:
         The comment at the head of its file, by name.
     """
+    from raykernel.compose import conf_dir
+
     files = sorted((conf_dir() / group).glob("*.yaml"))
     return {file.stem: _heading(file) for file in files}
 
 
 def studies() -> dict[str, str]:
     """Questions of the studies, by name."""
+    from raykernel.sweep import question_of, study_files
+
     asked = {name: question_of(path) for name, path in study_files().items()}
     return {name: question for name, question in asked.items() if question is not None}
 

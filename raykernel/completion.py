@@ -9,14 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from hydra.plugins.completion_plugin import DefaultCompletionPlugin
-from omegaconf.errors import OmegaConfBaseException
-
 from raykernel.catalog import LISTS, studies
-from raykernel.compose import conf_dir, register_schema
 from raykernel.store.named import QUERIES
 from raykernel.tools import TOOL_PARSERS
 
@@ -97,6 +90,15 @@ def _beginning(word: str, known: Iterable[str]) -> list[str]:
 
 def _overrides(words: Sequence[str]) -> list[str]:
     """Hydra's own candidates for the last word, given the overrides before it."""
+    # Imported here: Hydra takes most of the time that a press of Tab has.
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+    from omegaconf.errors import OmegaConfBaseException
+
+    from raykernel.compose import conf_dir, register_schema
+
     register_schema()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):

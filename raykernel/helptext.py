@@ -60,7 +60,7 @@ def help_text(command: str, about: str, config: RunConfig) -> str:
     for group in groups:
         value = getattr(config, group)
         doc = " ".join((type(value).__doc__ or "").split())
-        lines += ["", f"{group}: {first_sentence(doc)}"]
+        lines += ["", *textwrap.wrap(f"{group}: {first_sentence(doc)}", _WIDTH)]
         lines += _wrapped("choices", _choices(group)) if len(_choices(group)) > 1 else []
         lines += _keys(value, group)
     if others:
