@@ -6,8 +6,8 @@ without a meaning. Columns that several tables have stand here, the others with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pyarrow as pa
 
@@ -62,7 +62,8 @@ def time(name: str, meaning: str) -> Column:
     return Column(name, pa.timestamp("us", tz="UTC"), meaning)
 
 
-def schema_of(columns: Sequence[Column]) -> pa.Schema:
+@cache
+def schema_of(columns: tuple[Column, ...]) -> pa.Schema:
     """The Arrow schema of columns."""
     return pa.schema([(column.name, column.type) for column in columns])
 

@@ -23,6 +23,7 @@ import os
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -243,7 +244,7 @@ def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]
     while True:
         files = table_files(root, table, wanted)
         try:
-            parts = [_rows_of(_compacted(path), wanted, spec) for path in files.compacted]
+            parts = [part for path in files.compacted for part in _rows_of(path, wanted, spec)]
             parts += [read_file(path, spec) for path in files.answers[-1:]]
         except FileNotFoundError:  # compacted meanwhile
             continue
@@ -278,25 +279,40 @@ def read_file(path: Path, spec: ResultTable) -> pa.Table:
         return _in_schema(rows, spec.schema)
 
 
+def _rows_of(path: Path, key: str, spec: ResultTable) -> Iterator[pa.Table]:
+    """Rows of a compacted file with one key, in the table's schema."""
+    for number, (first, last) in enumerate(_ranges(path)):
+        if first <= key <= last:
+            rows, places = _group(path, number)
+            start, count = places.get(key, (0, 0))
+            yield _in_schema(rows.slice(start, count), spec.schema)
+
+
+# A study asks for one row after the other; a compacted file never changes.
 @lru_cache(maxsize=8)
-def _compacted(path: Path) -> bytes:
-    """Content of a compacted file; a study asks it for one row after the other."""
+def _content(path: Path) -> bytes:
     content = path.read_bytes()
     with _blaming(path, content):
         return content
 
 
-def _rows_of(content: bytes, key: str, spec: ResultTable) -> pa.Table:
-    """Rows of a compacted file with one key, without decoding all of it."""
-    with pq.ParquetFile(pa.BufferReader(content)) as file:
+@lru_cache(maxsize=8)
+def _ranges(path: Path) -> list[tuple[str, str]]:
+    """First and last key of every group of rows of a compacted file."""
+    with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
         at = file.schema_arrow.get_field_index(KEY)
-        groups = []
-        for number in range(file.num_row_groups):
-            keys = file.metadata.row_group(number).column(at).statistics
-            if keys.min <= key <= keys.max:
-                groups.append(number)
-        found = file.read_row_groups(groups)
-    return _in_schema(found.filter(pc.equal(found[KEY], key)), spec.schema)
+        groups = [file.metadata.row_group(n).column(at) for n in range(file.num_row_groups)]
+        return [(group.statistics.min, group.statistics.max) for group in groups]
+
+
+@lru_cache(maxsize=64)
+def _group(path: Path, number: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+    """One group of rows of a compacted file, and where those of a key begin and how many."""
+    with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
+        rows = file.read_row_group(number).combine_chunks()
+    keys = rows[KEY].to_pylist()
+    counts = Counter(keys)
+    return rows, {key: (keys.index(key), count) for key, count in counts.items()}
 
 
 def rescue(path: Path, spec: ResultTable) -> None:
