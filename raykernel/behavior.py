@@ -179,7 +179,15 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
     Returns:
         Measurements and verdict.
     """
-    prepared = prepare(settled(config), screen)
+    asked, config = config.kernel.kinds, settled(config)
+    if config.kernel.kinds != asked:
+        kinds = " and ".join(kind.value for kind in config.kernel.kinds)
+        screen.note(
+            f"the kernel that describes {config.training.optimizer.value} is {kinds}, in place of "
+            f"kernel.kinds=[{','.join(kind.value for kind in asked)}] (Malladi et al. 2023, "
+            "section 4)."
+        )
+    prepared = prepare(config, screen)
     check_pull(prepared)
     config = prepared.config
     handle = open_kernel(prepared)

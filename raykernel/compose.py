@@ -27,6 +27,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -38,6 +39,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from raykernel.config import RunConfig
 from raykernel.errors import InputError, nearest
+
+_SWITCHES = {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version"}
+_SWITCHES |= {"--resolve", "-sc", "--shell-completion"}
+"""Flags of Hydra that take no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
         BrokenPipeError: if nobody reads the help.
     """
     check_spelling(arguments)
-    arguments = [quote_null_prompt(argument) for argument in arguments]
+    arguments = flags_first([quote_null_prompt(argument) for argument in arguments])
     register_schema()
     collected: list[tuple[DictConfig, tuple[str, ...]]] = []
 
@@ -113,7 +118,7 @@ def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
     check_spelling(list(arguments))
     quoted = [quote_null_prompt(argument) for argument in arguments]
     try:
-        overrides = OverridesParser.create().parse_overrides(quoted)
+        overrides = [_parsed(text) for text in quoted]
         keys = [str(override.get_key_element()) for override in overrides]
         choices = {*groups(), "experiment"}
         config = copy.deepcopy(
@@ -126,6 +131,13 @@ def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
     except (HydraException, OmegaConfBaseException):
         (run,) = compose_runs(command, list(arguments))  # which says what is wrong
         return run
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Override:
+    """One override; those of a study repeat in all of its runs."""
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 @lru_cache(maxsize=64)
@@ -210,6 +222,27 @@ def check_spelling(arguments: list[str]) -> None:
             )
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same arguments, flags and their values before overrides.
+
+    Hydra's parser reads overrides in one piece, and ours follow the user's.
+
+    Args:
+        arguments: flags such as `-m` or `--cfg job` anywhere among overrides.
+
+    Returns:
+        Flags, then overrides, each in their order.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for argument in arguments:
+        flag = argument.startswith("-")
+        (flags if flag or takes_value else overrides).append(argument)
+        takes_value = flag and argument not in _SWITCHES and "=" not in argument
+    return flags + overrides
+
+
 def quote_null_prompt(argument: str) -> str:
     """`prompt=null` names the null prompt, where Hydra would read YAML's nothing."""
     if not argument.startswith("prompt="):
@@ -278,8 +311,11 @@ def explain_missing(error: MissingConfigException) -> str:
     if not group:
         return f"Unknown configuration {wanted!r}: {nearest(wanted, options)}"
     listed = ", ".join(sorted(options))
-    near = nearest(choice, options) if options else ""
-    return f"Unknown {group} {choice!r}: {near} All of conf/{group}: {listed}."
+    if get_close_matches(choice, options, cutoff=0.5):
+        expected = f"{nearest(choice, options)} All of conf/{group}: {listed}."
+    else:
+        expected = f"choose one of conf/{group}: {listed}."
+    return f"Unknown {group} {choice!r}: {expected}"
 
 
 def first_line(error: BaseException) -> str:
@@ -299,6 +335,7 @@ def schema_keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
+@lru_cache(maxsize=1)
 def groups() -> list[str]:
     """Configuration groups, that is, folders of conf/."""
     return [path.name for path in conf_dir().iterdir() if path.is_dir()]

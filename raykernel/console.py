@@ -179,7 +179,8 @@ def short(value: float) -> str:
     """Three digits, without an exponent below a million."""
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    rounded = f"{value:.3g}"  # 999.6 has four digits as soon as it is rounded
+    return f"{value:.0f}" if abs(float(rounded)) >= 1000 and abs(value) < 1e6 else rounded
 
 
 def duration(seconds: int | float) -> str:

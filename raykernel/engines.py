@@ -123,12 +123,12 @@ class Engine(Protocol):
             heard: told of every run that has ended; not of those after the deadline.
         """
 
-    def search(self, searcher: Searcher, count: int, heard: Heard) -> None:
+    def search(self, searcher: Searcher, slots: range, heard: Heard) -> None:
         """Try choices.
 
         Args:
             searcher: what every worker is.
-            count: how many choices.
+            slots: numbers of the jobs, a choice each.
             heard: as in `run`.
         """
 
@@ -208,15 +208,14 @@ class PoolEngine:
             with contextlib.closing(self.executor(compute)) as executor:
                 self._give(executor, partial(_same, runner), same, heard)
 
-    def search(self, searcher: Searcher, count: int, heard: Heard) -> None:
+    def search(self, searcher: Searcher, slots: range, heard: Heard) -> None:
         """See `Engine.search`.
 
         Args:
             searcher: what every worker is.
-            count: how many choices.
+            slots: numbers of the jobs, a choice each.
             heard: told of every run that has ended.
         """
-        slots = range(count)
         if self.is_here:
             runner = replace(searcher.runner, screen=self._screen, begin=self._begin)
             here = replace(searcher, runner=runner)

@@ -100,14 +100,14 @@ class Search:
             load_if_exists=True,
         )
 
-    def resume(self, *, retry_failed: bool) -> int:
+    def resume(self, *, retry_failed: bool) -> range:
         """Take up what processes that are gone have left.
 
         Args:
             retry_failed: try choices again that failed.
 
         Returns:
-            Choices still to be tried.
+            Numbers of the jobs that are left, a choice each; no number comes twice.
         """
         study = self.open()
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -116,7 +116,9 @@ class Search:
         failed = [trial for trial in settled if trial.state is TrialState.FAIL]
         for trial in failed if retry_failed else ():
             study.enqueue_trial(trial.params, skip_if_exists=False)
-        return max(0, self.trials - len(settled) + len(failed) * retry_failed)
+        count = max(0, self.trials - len(settled) + len(failed) * retry_failed)
+        start = len(study.get_trials(deepcopy=False))
+        return range(start, start + count)
 
     def ask(self, study: optuna.Study, slot: int) -> optuna.Trial:
         """The next choice; that of this slot whose process died, if there is one.

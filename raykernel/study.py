@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from raykernel.console import counted
@@ -24,6 +24,9 @@ TASKS_PER_SHEET = 7
 
 UNKNOWN = "-"
 """A cell without a number."""
+
+THEIRS = "paper"
+"""Who found the numbers of a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +183,22 @@ class TaskTable:
     digits: int = 1
     cell: Callable[[Sequence[Any]], str] | None = None
     """Text of one value per seed, in the order of seeds; None: `mean_std`."""
+    note: str = ""
+    """Printed below the table."""
+    paper_note: str = ""
+    """Printed below the table if it has numbers of the paper."""
 
     def __call__(self, rows: Sequence[Row], *, compare: bool) -> list[Sheet]:
         """Make the sheets, see `Table`."""
         numbers = published(self.paper) if compare and self.paper is not None else []
         tasks = list(dict.fromkeys(row["task"] for row in rows))
-        return [
+        sheets = [
             self._sheet(rows, tasks[start : start + TASKS_PER_SHEET], numbers)
             for start in range(0, len(tasks), TASKS_PER_SHEET)
         ]
+        theirs = any(THEIRS in line for sheet in sheets for line in sheet.rows)
+        notes = [note for note in (self.note, self.paper_note if theirs else "") if note]
+        return [*sheets[:-1], *(replace(last, note="\n".join(notes)) for last in sheets[-1:])]
 
     def _sheet(self, rows: Sequence[Row], tasks: Sequence[str], numbers: Sequence[Number]) -> Sheet:
         own = [row for row in rows if row["task"] in tasks]
@@ -203,7 +213,7 @@ class TaskTable:
                 theirs = [_theirs(line, found, numbers) for found in picked]
                 texts.append([*front, *["raykernel"] * bool(numbers), *ours])
                 if any(theirs):
-                    texts.append([*front, "paper", *(text or UNKNOWN for text in theirs)])
+                    texts.append([*front, THEIRS, *(text or UNKNOWN for text in theirs)])
         title = f"{self.title}; {counted(seeds, 'seed')}"
         if any("[" in text for line in texts for text in line):
             title += ", [n]: n of them"

@@ -26,7 +26,9 @@ from raykernel.published import sweeps_dir
 from raykernel.runs import Ended, Run, Runner, make_run, rows_of, stored
 from raykernel.search import Search, check_settings
 from raykernel.space import Plan, Point, check, is_harmless, make_plan, spelt
+from raykernel.store.blocks import Store
 from raykernel.study import Arm, Row, Study, best_on_dev
+from raykernel.summary import best_choices
 from raykernel.terms import Command, EngineName, PromptStyle, RunStatus
 
 USER_FOLDER = Path("sweeps")
@@ -154,8 +156,8 @@ class Tally:
         self._total = total
         self._workers = workers
         self._screen = screen
-        self._start = time.monotonic()
         self._begun = self._ended = self._failed = self._stored = 0
+        self._seconds = 0.0
 
     def begin(self, run: Run) -> None:
         """A run begins in this process."""
@@ -169,6 +171,8 @@ class Tally:
         self._total = max(self._total, self._ended)
         if ended.was_stored:
             self._stored += 1
+        else:
+            self._seconds += ended.seconds
         for note in ended.notes:
             self._screen.note(note)
         if ended.printed:
@@ -192,7 +196,7 @@ class Tally:
         if self._failed:
             parts.append(f"{self._failed} failed")
         if left:
-            each = (time.monotonic() - self._start) / max(1, self._ended - self._stored)
+            each = self._seconds / max(1, self._ended - self._stored) / self._workers
             parts += [f"{running} running"] if self._workers > 1 else []
             parts += [f"{left - running if self._workers > 1 else left} left"]
             parts.append(f"about {duration(each * left)} more")
@@ -228,6 +232,7 @@ def run_study(plan: Plan, screen: Screen) -> list[Done]:
         Every run that has ended, now or before.
     """
     settings = plan.settings()
+    Store(plan.store_path()).create()  # before a journal is there, which is no store
     tally = Tally(plan.count(settings), settings.workers, screen)
     runner = make_runner(settings, screen)
     found: list[Done] = []
@@ -309,13 +314,13 @@ def search_arm(plan: Plan, arm: Arm, engine: Engine, runner: Runner, heard: Hear
     settings, found = plan.settings(), []
     for cells in plan.cells_to_average(settings):
         searcher = make_searcher(plan, arm, cells, runner)
-        count = searcher.search.resume(retry_failed=settings.retry_failed)
+        slots = searcher.search.resume(retry_failed=settings.retry_failed)
         before = _ended(searcher)
         for ended in before:
             heard(ended)
-        if count:
-            engine.search(searcher, count, heard)
-        found += _ended(searcher) if count else before
+        if slots:
+            engine.search(searcher, slots, heard)
+        found += _ended(searcher) if slots else before
     return found
 
 
@@ -481,7 +486,9 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
         The exit code.
     """
     study = plan.study
-    total = max(plan.count(plan.settings()), len(found))
+    total = plan.count(plan.settings())
+    if any(plan.is_searched(arm, plan.settings()) for arm in study.arms):
+        total = len(found)  # choices can coincide
     rows = [row for done in found for row in done.rows]
     failed = [done.ended for done in found if done.ended.status is RunStatus.failed]
     stopped = sum(done.ended.status is RunStatus.stopped for done in found)
@@ -490,6 +497,11 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
         screen.table(sheet.columns, sheet.rows, title=sheet.title)
         if sheet.note:
             screen.out.print(sheet.note, markup=False)
+    for arm in study.arms:
+        ran = [(done.point, done.rows) for done in found if done.point.arm == arm.name]
+        best = best_choices(plan, arm, [one for one in ran if one[1]])
+        if best is not None:
+            screen.table(best.columns, best.rows, title=best.title)
     if any(row.get("prompt") == PromptStyle.none.value for row in rows):
         screen.note("runs without a prompt start from a linear probe, not from 0-shot.")
     if rows and not plan.compare and getattr(study.table, "paper", None) is not None:
@@ -498,7 +510,7 @@ def show(plan: Plan, found: Sequence[Done], screen: Screen) -> int:
     screen.out.print(
         f"{study.name}: {len(found) - len(failed) - stopped} of {total} runs are complete"
         + (f", {len(failed)} failed" if failed else "")
-        + (f", {stopped} were stopped early" if stopped else "")
+        + (f", {stopped} stopped early" if stopped else "")
         + (f", {left_out} could not begin" if left_out else "")
         + ". The same command computes only what is missing.",
         markup=False,

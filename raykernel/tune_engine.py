@@ -9,8 +9,10 @@ which are up to ten seconds old and rerun what has ended (measured: Ray 2.60).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +25,9 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is the comma
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a failed trial has none
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")  # nobody reads its snapshots
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints at verbose=0, too
 
+import psutil
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -75,27 +79,27 @@ class TuneEngine(PoolEngine):
                 space={_JOB: tune.grid_search(list(range(len(same))))},
             )
 
-    def search(self, searcher: Searcher, count: int, heard: Heard) -> None:
+    def search(self, searcher: Searcher, slots: range, heard: Heard) -> None:
         """See `Engine.search`.
 
         Args:
             searcher: what every trial is.
-            count: how many choices.
+            slots: numbers of the jobs, a choice each.
             heard: told of every run that has ended.
         """
         run = first_run(searcher)
-        if run.point.command.is_of_kernel and count:
+        if run.point.command.is_of_kernel:
             # The first choice computes the blocks for all others.
-            super().search(searcher, 1, heard)
-            count -= 1
-        if count:
+            super().search(searcher, slots[:1], heard)
+            slots = slots[1:]
+        if slots:
             self._fit(
                 tune.with_parameters(_try, searcher=searcher, watches=self._stops),
                 run.composed.config.compute,
                 news=_News(searcher.runs, heard),
                 folder=searcher.search.journal.parent,
-                search=searcher.search,
-                count=count,
+                asking=_Asking.of(searcher.search, slots.start),
+                count=len(slots),
             )
 
     # ------------------------------------------------------------ inside
@@ -112,20 +116,20 @@ class TuneEngine(PoolEngine):
         news: _News,
         folder: Path,
         space: dict[str, Any] | None = None,
-        search: Search | None = None,
+        asking: _Asking | None = None,
         count: int = 1,
     ) -> None:
         trouble.check_device(compute)
         self.start(compute)
         for name in ("ray.tune", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        scratch = folder.resolve() / f".tune-{os.getpid()}"
+        scratch = _scratch(folder.resolve() / ".tune")
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": compute.num_cpus, "gpu": compute.num_gpus}),
             param_space=space,
             tune_config=tune.TuneConfig(
                 num_samples=count,
-                search_alg=None if search is None else _Asking.of(search),
+                search_alg=asking,
                 scheduler=self._scheduler(),
                 max_concurrent_trials=self.settings.workers,
                 reuse_actors=True,
@@ -142,6 +146,8 @@ class TuneEngine(PoolEngine):
             tuner.fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another driver's may be there
+                scratch.parent.rmdir()
 
     def _scheduler(self) -> TrialScheduler | None:
         if not self._stops:
@@ -154,6 +160,16 @@ class TuneEngine(PoolEngine):
             grace_period=settings.grace,
             reduction_factor=settings.reduction,
         )
+
+
+def _scratch(folder: Path) -> Path:
+    """A folder for Tune's snapshots, which are of no use later; those of the dead are removed."""
+    host = platform.node()
+    for old in folder.glob(f"{host}-*"):
+        pid = old.name.removeprefix(f"{host}-")
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return folder / f"{host}-{os.getpid()}"
 
 
 # ------------------------------------------------------------------ in the actors
@@ -194,14 +210,14 @@ class _Asking(OptunaSearch):
     """
 
     @classmethod
-    def of(cls, search: Search) -> _Asking:
+    def of(cls, search: Search, slot: int) -> _Asking:
         several = len(search.metrics) > 1
         modes = [direction.value for direction in search.directions]
         return cls(
             search.distributions(),
             metric=list(search.metrics) if several else search.metrics[0],
             mode=modes if several else modes[0],
-            sampler=search.sampler_object(),
+            sampler=search.sampler_object(slot=slot),
             study_name=search.name,
             storage=search.storage(),
         )
@@ -228,6 +244,10 @@ class _News(tune.Callback):
     def __init__(self, runs_of: Callable[[dict[str, Any]], Job], heard: Heard) -> None:
         self._runs_of = runs_of
         self._heard = heard
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune's snapshot has it, from which nobody goes on."""
+        return {}
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

@@ -338,6 +338,18 @@ def test_a_pull_that_overshoots_is_refused_before_the_kernel(place: Path) -> Non
     assert not Path("unused").exists()
 
 
+def test_kinds_that_do_not_describe_the_optimizer_are_replaced_and_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strong = {"regularization": "decoupled", "regularization.lam": "240", "store.path": "unused"}
+    for training, said in (("adam", "adam is signgd and asigngd, in place of"), ("sgd", "")):
+        with pytest.raises(InputError, match=r"regularization\.lam"):  # before any kernel
+            behavior(config_of(training=training, **strong), (), Screen())
+        message = " ".join(capsys.readouterr().err.split())
+        assert said in message
+        assert ("kernel.kinds=[sgd]" in message) == bool(said)
+
+
 def test_weights_of_another_model_are_refused(place: Path, found: Behavior) -> None:
     module = nn.Linear(2, 2)
     with pytest.raises(InputError, match="weights: found"):

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from raykernel.compose import compose_runs, conf_dir
+from raykernel.compose import compose_runs, conf_dir, flags_first
 from raykernel.config import RunConfig, canonical_json, differences, fingerprint
 from raykernel.errors import InputError
 from raykernel.terms import PromptStyle, Solver
@@ -129,6 +129,34 @@ def test_a_projection_that_cannot_be_is_refused_at_once(overrides, helps):
     with pytest.raises(InputError) as caught:
         compose(f"kernel.projection.{overrides[0]}", *overrides[1:])
     assert helps in str(caught.value)
+
+
+def test_flags_stand_anywhere():
+    """Hydra's own parser refuses overrides behind a flag where others stand before it."""
+    wanted = ["task.k=1", "task.k=2"]
+    for place in range(3):
+        arguments = ["task=sst2", "task.k=1,2"]
+        arguments.insert(place, "-m")
+        assert [run.overrides[1] for run in compose_runs("kernel", arguments)] == wanted
+    mixed = ["a=1", "--config-dir", "x=y", "b=2", "-m", "c=3", "--cfg=job", "~d"]
+    flags = ["--config-dir", "x=y", "-m", "--cfg=job"]
+    assert flags_first(mixed) == [*flags, "a=1", "b=2", "c=3", "~d"]
+
+
+def test_the_composed_configuration_is_printed_wherever_it_is_asked_for(capsys):
+    assert compose_runs("kernel", ["task=sst2", "--cfg", "job", "task.k=3"]) == []
+    assert "k: 3" in capsys.readouterr().out
+
+
+def test_an_unknown_choice_lists_the_choices_once():
+    with pytest.raises(InputError) as raised:
+        compose_runs("finetune", ["training=rmsprop"])
+    listed = "adam, adamw, sgd, signgd"
+    assert (
+        str(raised.value) == f"Unknown training 'rmsprop': choose one of conf/training: {listed}."
+    )
+    with pytest.raises(InputError, match=f"'adam'.* All of conf/training: {listed}"):
+        compose_runs("finetune", ["training=adm"])
 
 
 def test_identity_is_one_text_per_content():

@@ -6,6 +6,7 @@ import math
 
 from raykernel.published import published
 from raykernel.study import Line, TaskTable, best_on_dev, dots, mean_std
+from raykernel.sweep import load_study
 
 BASE = "FacebookAI/roberta-base"
 
@@ -18,6 +19,8 @@ def row(
 
 
 LINE = Line("SGD-FT", "SGD-FT", "finetuned")
+CRITERIA = ("solves", "linearization", "fixed_features", "kernel_behavior")
+EVERY_DOT = [row("sst2", 13, None, arm="SGD", **dict.fromkeys(CRITERIA, True))]
 
 
 def test_mean_and_population_deviation_over_seeds():
@@ -60,6 +63,17 @@ def test_the_papers_number_stands_below_ours_in_the_same_setting_only():
         assert sheet.rows == [ours]
 
 
+def test_a_note_on_the_papers_numbers_stands_where_they_do_and_once():
+    make = TaskTable([LINE], title="T", paper=2, note="always", paper_note="if compared")
+    rows = [row("sst2", 13, 0.8)]
+    assert [s.note for s in make(rows, compare=True)] == ["always\nif compared"]
+    assert [s.note for s in make(rows, compare=False)] == ["always"]
+    assert [s.note for s in make([row("file", 13, 0.8)], compare=True)] == ["always"]
+    many = make([row(f"t{n}", 13, 0.5) for n in range(9)], compare=True)
+    assert [s.note for s in many] == ["", "always"]
+    assert make([], compare=True) == []
+
+
 def test_seeds_are_in_order_whatever_the_order_of_the_runs():
     rows = [row("sst2", seed, value) for seed, value in ((21, False), (13, True))]
     (sheet,) = TaskTable([LINE], title="T", cell=dots)(rows, compare=False)
@@ -88,5 +102,24 @@ def test_the_papers_tables_agree_where_they_print_the_same_numbers():
 
 
 def test_every_table_is_complete_but_for_the_cell_that_is_not_legible():
-    counts = {table: len(published(table)) for table in (2, 5, 6, 7, 8, 9, 11)}
-    assert counts == {2: 139, 5: 70, 6: 56, 7: 108, 8: 18, 9: 54, 11: 48}
+    counts = {table: len(published(table)) for table in (1, 2, 5, 6, 7, 8, 9, 11)}
+    assert counts == {1: 224, 2: 139, 5: 70, 6: 56, 7: 108, 8: 18, 9: 54, 11: 48}
+
+
+def test_dots_of_table_1_are_four_and_contradict_each_other_nine_times():
+    """A verdict is the conjunction of its criteria, but for nine in our source, as table1 says."""
+    by = {(n.where["k"], *n.method.split(": "), n.task): n.text for n in published(1)}
+    assert all(len(text) == 4 and set(text) <= {"●", "○"} for text in by.values())
+    wrong = []
+    for k, optimizer, criterion, task in by:
+        if criterion == "Kernel behavior":
+            names = ("eNTK solves task", "Linearization", "Fixed Features")
+            given = zip(*(by[k, optimizer, name, task] for name in names), strict=True)
+            verdict = "".join("●" if set(dots) == {"●"} else "○" for dots in given)
+            if verdict != by[k, optimizer, criterion, task]:
+                wrong.append((k, optimizer, task))
+    assert len(wrong) == 9
+    assert len([key for key in by if key[2] == "Kernel behavior"]) == 56
+    (note,) = [s.note for s in load_study("table1").table(EVERY_DOT, compare=True)]
+    assert "four of five seeds" in note
+    assert "9 of the 56 verdicts" in note

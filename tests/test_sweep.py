@@ -72,6 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder, before = tmp_path_factory.mktemp("sweep"), Path.cwd()
     tiny.save_masked_lm(folder / "model", num_hidden_layers=1)
     tiny.save_masked_lm(folder / "two_layers", num_hidden_layers=2)
+    tiny.save_masked_lm(folder / "wide", num_hidden_layers=1, hidden_size=32)
     tiny.write_reviews(folder / "reviews.tsv")
     os.chdir(folder)
     yield folder
@@ -134,14 +135,18 @@ def test_the_table_is_that_of_the_stored_rows(place, capsys):
 
 def test_behavior_is_measured_at_the_learning_rate_that_dev_selects(place, capsys):
     name = "table5_linearized"
-    changes = {"training__learning_rate": "1e-6,0.05", "task__seed": "42"}
-    assert main(["sweep", name, *arguments(name, **changes)]) == 0
+    changes = {"training__learning_rate": "1e-6,1e30,0.05", "task__seed": "42"}
+    assert main(["sweep", name, *arguments(name, **changes)]) == 1
     trials = [row for row in Store("store").results("trials").to_pylist() if row["seed"] == 42]
     assert len(trials) == 2
     best = max(trials, key=lambda row: (row["dev"], -row["learning_rate"]))  # the first of equals
     (verdict,) = [r for r in Store("store").results("behavior").to_pylist() if r["seed"] == 42]
     assert verdict["trial"] == best["trial"]
-    assert "[3/3] Adam: task=file" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "[4/4] Adam: task=file" in printed.err
+    # One that diverges leaves no result, is said, and stops no other.
+    assert "3 of 4 runs are complete, 1 failed" in printed.out
+    assert re.search(r"learning_rate=1e\+30: training: at step \d of 2, .* was nan", printed.err)
 
 
 def test_one_kernel_serves_all_choices_of_layers(place, capsys):
@@ -174,11 +179,13 @@ def test_a_failing_point_stops_no_other(place, capsys):
 def test_the_output_derivative_is_one_minus_the_probability_of_the_label(place):
     """χ of two outputs: |softmax(f)_a - [a = y]| is 1 - p_y for both (Definition 3.1)."""
     name = "table8_output_derivative"
-    assert main(["sweep", name, *arguments(name)]) == 0
-    rows = Store("store").results("kernels").to_pylist()
-    assert rows
+    for model in ("model", "wide"):
+        changes = {"model.name": model, "store.path": "derivatives"}
+        assert main(["sweep", name, *arguments(name, **changes)]) == 0
+    rows = Store("derivatives").results("kernels").to_pylist()
+    assert [row["model"] for row in rows] == ["model", "wide"]
     for row in rows:
-        handle = Store("store").open(row["fingerprint"])
+        handle = Store("derivatives").open(row["fingerprint"])
         test = handle.grid.test
         labels = handle.examples()["label"].to_pylist()[test.start :]
         order = ["negative", "positive"]  # of the outputs
@@ -187,6 +194,24 @@ def test_the_output_derivative_is_one_minus_the_probability_of_the_label(place):
             for f, y in zip(handle.logits(test).tolist(), labels, strict=True)
         ]
         assert row["output_derivative"] == pytest.approx(sum(missed) / len(missed), rel=1e-6)
+    (sheet,) = load_study(name).table([{**row, "arm": "χ"} for row in rows], compare=False)
+    assert [line[0] for line in sheet.rows] == ["model", "wide"]
+    assert "differ in width only" in sheet.note
+
+
+@pytest.mark.packaged
+def test_the_demo_of_table_8_compares_packaged_models_of_two_widths(place, capsys):
+    name = "table8_output_derivative"
+    small = {"task.k": "1", "task.seed": "13", "task.test_limit": "6", "task.max_length": "8"}
+    small |= {"store.path": "demo", "solver": "tiny"}
+    chosen = [f"{key}={value}" for key, value in small.items()]
+    assert main(["sweep", name, "experiment=demo", *chosen]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 runs are complete" in printed
+    rows = Store("demo").results("kernels").to_pylist()
+    assert {row["model"] for row in rows} == {"minilm_l6", "smollm2_135m"}
+    # Six labels: χ is a probability off the label, and 1 minus one on it.
+    assert all(0 < row["output_derivative"] < 2 / 6 for row in rows)
 
 
 # ---------------------------------------------------------------- what is asked for

@@ -12,6 +12,7 @@ import platform
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
@@ -187,6 +188,11 @@ def _known_class(error: RaykernelError) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that decide whether two processes compute the same numbers."""
+    return dict(_installed())
+
+
+@lru_cache(maxsize=1)
+def _installed() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("raykernel", "torch", "transformers", "numpy"):
         try:

@@ -107,7 +107,7 @@ def add_lora(module: nn.Module, parameters: ParametersConfig) -> None:
     layers = _layers(module, parameters.layers_to_transform)
     places = [
         path
-        for path in _target_paths(module, list(targets))
+        for path in _target_paths(module, list(targets), offered=linear_layers(module))
         if layers is None or layer_index(path) in layers
     ]
     wrong = [p for p in places if not isinstance(modules[p], nn.Linear | Conv1D | nn.Embedding)]
@@ -250,8 +250,10 @@ def _layers(module: nn.Module, wanted: list[int] | None) -> set[int] | None:
     return {index % count for index in wanted}
 
 
-def _target_paths(module: nn.Module, targets: list[str]) -> list[str]:
-    """Paths of the modules that a target names: the whole path or its last parts."""
+def _target_paths(
+    module: nn.Module, targets: list[str], *, offered: list[str] | None = None
+) -> list[str]:
+    """Paths that a target names, whole or by last parts; a wrong one is offered some or all."""
     if targets == [_ALL_LINEAR]:
         return linear_layers(module)
     paths = [path for path, _ in module.named_modules() if path]
@@ -259,7 +261,8 @@ def _target_paths(module: nn.Module, targets: list[str]) -> list[str]:
     for target in targets:
         found = [path for path in paths if ends_in(path, target)]
         if not found:
-            choices = {part for part in last_parts(paths) if not part.isdecimal()} | {_ALL_LINEAR}
+            ends = last_parts(paths if offered is None else offered)
+            choices = {end for end in ends if not end.isdecimal()} | {_ALL_LINEAR}
             raise InputError(
                 f"parameters.target_modules: found {target!r}, expected a module of the model: "
                 f"{nearest(target, choices)}"

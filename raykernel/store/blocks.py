@@ -84,7 +84,7 @@ class Store:
         if examples.num_rows != grid.num_rows:
             raise ValueError(f"found {examples.num_rows} examples, expected {grid.num_rows}")
         wanted = Manifest(identity, grid, num_outputs, dtype)
-        self._create()
+        self.create()
         folder = self._kernels / wanted.fingerprint
         make_folder(folder)
         manifest.write(folder, wanted)
@@ -214,7 +214,7 @@ class Store:
 
     def begin_trial(self, trial: str) -> TrialFiles:
         """The place of a fine-tuning run, made if it is new."""
-        self._create()
+        self.create()
         files = self.trial(trial)
         make_folder(files.path)
         return files
@@ -231,12 +231,12 @@ class Store:
 
     def write_result(self, table: str, row: dict[str, object]) -> Path:
         """Commit one result row, see `results.write_result`."""
-        self._create()
+        self.create()
         return results.write_result(self.path, table, row)
 
     def write_results(self, table: str, rows: Sequence[dict[str, object]]) -> Path:
         """Commit rows of one key, see `results.write_results`."""
-        self._create()
+        self.create()
         return results.write_results(self.path, table, rows)
 
     def has_result(self, table: str, row: dict[str, object]) -> bool:
@@ -257,7 +257,8 @@ class Store:
     def _kernels(self) -> Path:
         return self.path / "kernels"
 
-    def _create(self) -> None:
+    def create(self) -> None:
+        """Make the folder a store; one that is there stays as it is."""
         make_folder(self.path)
         require_store(self.path)
         if not (self.path / MARKER).exists():

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+from sklearn.kernel_ridge import KernelRidge
 
 from raykernel.analysis.ridge import solve_ridge
 from raykernel.analysis.targets import one_hot
@@ -65,6 +66,34 @@ def test_rank_deficient_kernel_takes_the_minimum_norm_solution_and_says_so():
     left = k_tt.reshape(12, 12) @ solution.alpha[0, 0].ravel() - y.ravel()
     assert solution.residual[0, 0] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(y))
     assert solution.residual[0, 1] == 0
+
+
+def test_without_a_ridge_a_singular_kernel_of_several_classes_is_least_squares_in_parameters():
+    """h = J w, w the least-squares solution of J w = y of least norm (f0 = ∞); scipy finds it."""
+    rng = np.random.default_rng(4)
+    j_train, j_eval = rng.normal(size=(9, 4, 11)), rng.normal(size=(6, 4, 11))
+    y = one_hot(rng.integers(0, 4, 9), 4)
+    k_tt, k_et = (np.einsum("iap,jbp->iajb", j, j_train) for j in (j_train, j_eval))
+    solution = solve_ridge(k_tt, y, ridge=[0.0], f0_scaling=[math.inf])
+    assert solution.num_dropped == 36 - 11
+    weights = scipy.linalg.lstsq(j_train.reshape(36, 11), y.ravel(), lapack_driver="gelsy")[0]
+    np.testing.assert_allclose(solution.predict(k_et)[0, 0], j_eval @ weights, atol=1e-9)
+
+
+@pytest.mark.parametrize("c", [2, 5])
+def test_with_one_kernel_for_all_outputs_it_is_scikit_learns(c):
+    """K[i, a, j, b] = δ_ab k(x_i, x_j): kernel ridge regression of each class on its own."""
+    rng = np.random.default_rng(5)
+    features, new = rng.normal(size=(20, 6)), rng.normal(size=(7, 6))
+    y = one_hot(rng.integers(0, c, 20), c)
+    k_tt, k_et = (
+        np.einsum("ij,ab->iajb", rows @ features.T, np.eye(c)) for rows in (features, new)
+    )
+    found = solve_ridge(k_tt, y, ridge=[1e-3, 0.1]).predict(k_et)[0]
+    for got, ridge in zip(found, [1e-3, 0.1], strict=True):
+        sigma = ridge * np.linalg.norm(features, 2) ** 2
+        theirs = KernelRidge(alpha=sigma, kernel="linear").fit(features, y)
+        np.testing.assert_allclose(got, theirs.predict(new), atol=1e-10)
 
 
 def test_condition_number_is_that_of_the_regularised_matrix():
