@@ -167,6 +167,8 @@ def run_all(command: str, arguments: list[str]) -> int:
         show_help(command, arguments)
         return 0
     runs = compose_runs(command, arguments)
+    if not runs:  # `--cfg job` has printed what it composed
+        return 0
     if len(runs) == 1:
         run_one(command, runs[0], Screen())
         return 0

@@ -203,13 +203,13 @@ def test_the_kernel_of_fine_tuned_weights_has_an_identity_of_its_own(found: Beha
 def test_a_second_run_computes_nothing_and_says_the_same(
     found: Behavior, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {file: file.stat().st_ino for file in Path("store").rglob("*.*t*")}
+    files = {file: file.stat().st_ino for file in Path("store").rglob("*.*")}
     own = CHANGES[found.prepared.config.prompt.style.value]
     assert main(["behavior", *arguments(**own)]) == 0
     said = capsys.readouterr()
     assert said.err.count("computing 0") == 4
     assert "step 0" not in said.err
-    again = {file: file.stat().st_ino for file in Path("store").rglob("*.*t*")}
+    again = {file: file.stat().st_ino for file in Path("store").rglob("*.*")}
     assert files.items() <= again.items()
     assert {file.parent.name for file in again if file not in files} == {"behavior"}
     show_behavior(found, Screen())

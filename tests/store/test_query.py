@@ -66,6 +66,7 @@ def full_store(tmp_path: Path) -> Store:
     store.write_results("spectra", [spectra | {"layer_group": name} for name in ("a", "b")])
     chosen = {"fingerprint": handle.fingerprint, "kind": "sgd", "settings": "{}", "ridge": 1e-3}
     store.write_results("selections", [chosen | {"rank": rank} for rank in (1, 2)])
+    store.write_result("runs", {"study": "s", "run": "r", "status": "ok", "results": "[]"})
     return store
 
 
