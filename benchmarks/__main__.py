@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks.comparison import comparison, regression_table
 from benchmarks.scaling import memory_table, time_table
+from benchmarks.selection import selection_table
 from benchmarks.sharing import kinds_table, lora_table
 from benchmarks.tables import PLAIN_RESULTS, RESULTS, Table, circumstances, write_results
 from benchmarks.timing import Say, settle
@@ -30,6 +31,7 @@ SECTIONS: dict[str, Callable[[int, Say], Table]] = {
     "scaling": time_table,
     "memory": memory_table,
     "workers": worker_table,
+    "select": selection_table,
 }
 """What can be measured, by name: from the number of rounds and who is told of progress."""
 

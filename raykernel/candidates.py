@@ -13,18 +13,21 @@ import numpy as np
 from torch import nn
 
 from raykernel.analysis.gram import DEAD
-from raykernel.analysis.selection import Candidates
+from raykernel.analysis.sets import Candidates
 from raykernel.analysis.targets import one_hot
+from raykernel.baselines import summed
 from raykernel.config import SelectConfig
-from raykernel.errors import InputError
-from raykernel.names import ends_in
+from raykernel.errors import InputError, nearest
+from raykernel.names import ends_in, last_parts
 from raykernel.prepared import Prepared, example_labels
+from raykernel.problem.models import varying_parameters
 from raykernel.problem.parameters import layer_index
-from raykernel.problem.skeleton import lora_parameters
+from raykernel.problem.skeleton import adapted_paths, lora_parameters
 from raykernel.spectra import resolution_of
+from raykernel.store.baselines import Measured
 from raykernel.store.groups import adapted_module, parts
 from raykernel.store.kernels import KernelHandle
-from raykernel.terms import CandidateUnit, Kind, PromptStyle
+from raykernel.terms import CandidateUnit, Kind, Method, PromptStyle
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,56 +48,98 @@ class Member:
     counted."""
 
 
-def find_members(
-    prepared: Prepared, handle: KernelHandle, kind: Kind, linears: Mapping[str, nn.Module]
+def find_members(prepared: Prepared, linears: Mapping[str, nn.Module]) -> list[Member]:
+    """The candidates that a kernel will have, known before anything of it is computed.
+
+    Args:
+        prepared: the run.
+        linears: linear layers inside transformer layers, by their paths in the plain model.
+
+    Returns:
+        Candidates in the model's order, without their layer groups.
+
+    Raises:
+        InputError: if the kernel has none of them, or lacks modules that are asked for.
+    """
+    config = prepared.config
+    modules = config.select.modules
+    held = _held(prepared, linears)
+    for name in modules:
+        if any(ends_in(path, name) for path in linears) and not any(
+            ends_in(path, name) for path in held
+        ):
+            raise InputError(
+                f"select.modules: {name!r} is a module of the model whose weights do not vary in "
+                f"this kernel (parameters.method={config.parameters.method.value}), expected one "
+                f"that does. Widen the group parameters, or {nearest(name, last_parts(held))}"
+            )
+    paths: Sequence[str] = held
+    if config.parameters.method is not Method.lora or modules:
+        wanted = set(adapted_paths(dict(linears), modules, config.model))
+        paths = [path for path in held if path in wanted]
+    if not paths:
+        raise InputError(
+            f"select.modules: found none of {len(linears)} linear layers among what varies in "
+            "this kernel, expected some. Choose parameters that have them, or other modules."
+        )
+    places: dict[str, list[str]] = {}
+    for path in paths:
+        places.setdefault(_name(path, config.select, paths), []).append(path)
+    members = []
+    for name, own in places.items():
+        layer = layer_index(own[0])
+        assert layer is not None, "candidates lie in transformer layers"
+        size = sum(lora_parameters(linears[path], config.parameters.r) for path in own)
+        members.append(Member(name, layer, (), tuple(own), size))
+    return members
+
+
+def _held(prepared: Prepared, linears: Mapping[str, nn.Module]) -> list[str]:
+    """Those linear layers whose weights, or whose LoRA's, vary in the kernel."""
+    names = varying_parameters(
+        prepared.config.model,
+        prepared.config.parameters,
+        label_ids=prepared.encoded.label_ids,
+        num_labels=len(prepared.data.labels),
+    )
+    found = {_path(name.rpartition(".")[0], prepared) for name in names}
+    return [path for path in linears if path in found]
+
+
+def _path(group: str, prepared: Prepared) -> str:
+    """The plain model's path of a layer group's module."""
+    prefix = "model." if prepared.config.prompt.style is PromptStyle.none else ""
+    return adapted_module(group).removeprefix(prefix)
+
+
+def with_groups(
+    prepared: Prepared, handle: KernelHandle, kind: Kind, members: Sequence[Member]
 ) -> list[Member]:
-    """The candidates that a stored kernel has.
+    """The same with the layer groups that their kernels are sums of.
 
     Args:
         prepared: the run.
         handle: its kernel.
         kind: of the kernel.
-        linears: linear layers that may be adapted, by their paths in the plain model.
+        members: of `find_members`.
 
     Returns:
-        Candidates in the model's order.
+        Candidates in the same order.
 
     Raises:
-        InputError: if the kernel has none of them, or two of them share a parameter.
+        InputError: if two of them share a parameter.
     """
-    config = prepared.config
-    groups: dict[str, list[str]] = {}
-    prefix = "model." if config.prompt.style is PromptStyle.none else ""
     names = handle.groups(kind.value)
+    groups: dict[str, list[str]] = {}
     for name in names:
-        path = adapted_module(name).removeprefix(prefix)
-        if parts(name) is None and path in linears:
-            groups.setdefault(path, []).append(name)
-    if not groups:
-        raise InputError(
-            f"select.modules: found none of {len(linears)} linear layers among the "
-            f"{len(names)} layer groups of the kernel, expected some. Choose parameters that have "
-            "them, or other modules."
-        )
-    places: dict[str, list[str]] = {}
-    for path in groups:
-        places.setdefault(_name(path, config.select, list(groups)), []).append(path)
-    members = []
-    for name, paths in places.items():
-        own = [group for path in paths for group in groups[path]]
-        layer = layer_index(paths[0])
-        assert layer is not None, "candidates lie in transformer layers"
-        members.append(
-            Member(
-                name,
-                layer,
-                tuple(own),
-                tuple(paths),
-                sum(lora_parameters(linears[path], config.parameters.r) for path in paths),
-            )
-        )
-    _check_ties(names, members)
-    return members
+        if parts(name) is None:
+            groups.setdefault(_path(name, prepared), []).append(name)
+    found = [
+        replace(one, groups=tuple(group for path in one.modules for group in groups[path]))
+        for one in members
+    ]
+    _check_ties(names, found)
+    return found
 
 
 def _name(path: str, select: SelectConfig, paths: Sequence[str]) -> str:
@@ -122,7 +167,11 @@ def _check_ties(names: Sequence[str], members: Sequence[Member]) -> None:
 
 
 def stack_kernels(
-    prepared: Prepared, handle: KernelHandle, kind: Kind, members: Sequence[Member]
+    prepared: Prepared,
+    handle: KernelHandle,
+    kind: Kind,
+    members: Sequence[Member],
+    measured: Mapping[str, Measured] | None = None,
 ) -> tuple[list[Member], Candidates]:
     """The candidates that have a gradient, and what a search chooses among.
 
@@ -130,7 +179,8 @@ def stack_kernels(
         prepared: the run.
         handle: its kernel, with all blocks of train.
         kind: a symmetric kind.
-        members: of `find_members`.
+        members: of `with_groups`.
+        measured: their modules' weights, where these were measured.
 
     Returns:
         Those members, with their numbers of features, and their kernels in the same order.
@@ -156,6 +206,10 @@ def stack_kernels(
         )
     kept = [replace(members[i], num_features=_features(members[i], counts)) for i in alive]
     settings = prepared.config
+    baselines = None
+    if measured is not None:
+        r = settings.parameters.r
+        baselines = tuple(summed((measured[p] for p in one.modules), r) for one in kept)
     return kept, Candidates(
         names=tuple(member.name for member in kept),
         kernels=kernels[alive],
@@ -168,6 +222,7 @@ def stack_kernels(
         resolution=resolution_of(handle),
         is_f0_fitted=settings.prompt.style is PromptStyle.none,
         seed=settings.select.seed,
+        baselines=baselines,
     )
 
 

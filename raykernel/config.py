@@ -688,14 +688,32 @@ class SelectConfig:
     """Choices to keep and to show."""
     exhaustive: int = 65536
     """Choices tried one by one at the most; of more, a greedy choice is improved by exchanges."""
+    baselines: bool = True
+    """Whether what people choose by today is measured, too: it takes a pass of the model."""
+    halves: int = 8
+    """Random halves of train on which the best choices are ranked again; even, 0: none."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds of a LoRA's random A with which they are ranked again; each has a kernel of its own."""
+    objectives: list[Criterion] = field(default_factory=list)
+    """Criteria whose Pareto front is wanted, size and num_parameters as costs; empty: none."""
+    trials: int = 1000
+    """Choices that NSGA-II tries for the front, where there are more than `exhaustive`."""
     seed: int = 0
-    """Of the random control."""
+    """Of the random control, the halves and NSGA-II."""
 
     def __post_init__(self) -> None:
         for name in ("max_size", "max_parameters", "top"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"select.{name}", value, "at least 1")
         require(self.exhaustive >= 0, "select.exhaustive", self.exhaustive, "at least 0")
+        require(self.trials >= 1, "select.trials", self.trials, "at least 1")
+        is_even = self.halves >= 0 and self.halves % 2 == 0
+        require(is_even, "select.halves", self.halves, "an even number, or 0: both halves count")
+        names = [one.value for one in self.objectives]
+        several = len(set(names)) == len(names) != 1
+        require(several, "select.objectives", names, "two criteria or more that differ, or none")
+        is_free = Criterion.random not in self.objectives
+        require(is_free, "select.objectives", names, "criteria other than random")
 
 
 @dataclass(frozen=True)

@@ -221,12 +221,15 @@ def complete(
     return done.then(more)
 
 
-def complete_train(prepared: Prepared, screen: Screen) -> tuple[KernelHandle, Completion]:
+def complete_train(
+    prepared: Prepared, screen: Screen, executor: Executor | None = None
+) -> tuple[KernelHandle, Completion]:
     """Compute what is missing of the kernel of train with itself, all that a spectrum needs.
 
     Args:
         prepared: the run.
         screen: where progress is shown.
+        executor: where; None: one of its own, which is closed.
 
     Returns:
         The kernel, and how many blocks its train rows have and what the new ones cost.
@@ -234,7 +237,10 @@ def complete_train(prepared: Prepared, screen: Screen) -> tuple[KernelHandle, Co
     if note := why_new(prepared, Store(prepared.config.store.path)):
         screen.aside(note)
     handle = open_kernel(prepared)
-    with contextlib.closing(LateExecutor(prepared.config.compute, screen)) as executor:
+    with contextlib.ExitStack() as opened:
+        if executor is None:
+            own = LateExecutor(prepared.config.compute, screen)
+            executor = opened.enter_context(contextlib.closing(own))
         completion = complete_rows(
             prepared, handle, handle.grid.train, executor=executor, screen=screen
         )

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 
 from raykernel.analysis.correlation import Expected
+from raykernel.analysis.pareto import objective
 from raykernel.analysis.predictors import PREDICTORS
+from raykernel.analysis.stability import Stability
+from raykernel.config import RunConfig
 from raykernel.console import Screen, counted, duration, short
-from raykernel.selections import KindSelection, RankedChoice, Selections
+from raykernel.ranked import KindSelection, RankedChoice
+from raykernel.selections import Selections
 from raykernel.terms import Criterion, Method, PromptStyle
 
 _COLUMNS = {
@@ -24,6 +28,11 @@ _COLUMNS = {
     Criterion.loo_accuracy: "loo",
 }
 """Criteria that are shown; the table `selections` has all."""
+_BASELINES = {
+    Criterion.relative_gradient_norm: "rgn",
+    Criterion.explained_variance: "eva",
+    Criterion.importance: "ada",
+}
 _LEFT_OUT = (Criterion.loo_error, Criterion.loo_accuracy)
 _SIGNS = {Expected.positive: "↑", Expected.negative: "↓"}
 _MAX_NAME = 44
@@ -47,6 +56,12 @@ def show_selections(found: Selections, screen: Screen) -> None:
         "leave-one-out error and accuracy of kernel\nregression. ↑ larger is better in theory, ↓ "
         "smaller; none is a law. The table `selections` has more."
     )
+    if config.select.baselines:
+        screen.out.print(
+            "rgn: norm of the gradient over that of the weights (Auto-RGN); eva: share of inputs' "
+            f"variance that {config.parameters.r} directions explain, summed over\nmodules (EVA); "
+            "ada: AdaLoRA's importance of weights, before training, summed over modules."
+        )
     if config.parameters.method is not Method.lora:
         screen.out.print(
             "Note: the kernel is that of the layers' own weights, around which a LoRA's is random; "
@@ -72,7 +87,8 @@ def show_selections(found: Selections, screen: Screen) -> None:
 def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
     prepared, config = found.prepared, found.prepared.config
     criterion = config.select.criterion
-    shown = _COLUMNS | ({} if criterion in _COLUMNS else {criterion: criterion.value})
+    known = _COLUMNS | _BASELINES
+    shown = _COLUMNS | ({} if criterion in known else {criterion: criterion.value})
     for control in (Criterion.size, Criterion.num_parameters):  # these have columns of their own
         shown.pop(control, None)
     if config.prompt.style is PromptStyle.none:
@@ -82,7 +98,7 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
         ["", config.select.candidates.value + "s", "params", *headings],
         [
             [
-                "all" if choice.rank is None else str(choice.rank),
+                _number(choice),
                 _name(choice, one),
                 f"{choice.start.num_parameters:,}",
                 *(_cell(key, choice) for key in shown),
@@ -96,7 +112,66 @@ def _show_kind(found: Selections, one: KindSelection, screen: Screen) -> None:
         ),
     )
     how = "all that the budget allows" if one.ranking.is_exhaustive else "greedy with exchanges"
+    if 0 < one.ranking.guarantee < 1:
+        how += f", at least {one.ranking.guarantee:.0%} of the best there is"
     screen.out.print(f"{counted(one.ranking.num_scored, 'choice')} scored: {how}.")
+    _show_again(config, one, screen)
+    if one.front:
+        _show_front(config, one, screen)
+
+
+def _show_again(config: RunConfig, one: KindSelection, screen: Screen) -> None:
+    """The same choices on other samples, and by what people choose by today."""
+    best = one.choices[0]
+    columns: dict[str, list[str]] = {}
+    if best.halves:
+        columns["ranks on halves"] = [_ranks(choice.halves) for choice in one.choices]
+    if best.seeds:
+        columns["ranks by seed"] = [_ranks(choice.seeds) for choice in one.choices]
+    if config.select.baselines:
+        for key, name in _BASELINES.items():
+            heading = f"{name}{_SIGNS[PREDICTORS[key].expected]}"
+            columns[heading] = [_cell(key, choice) for choice in one.choices]
+    if columns:
+        screen.table(
+            ["", f"{config.select.candidates.value}s", *columns],
+            [
+                [_number(choice), _name(choice, one), *(cells[row] for cells in columns.values())]
+                for row, choice in enumerate(one.choices)
+            ],
+            title="The same choices: "
+            + " and ".join(
+                ["ranked again"] * bool(best.halves or best.seeds)
+                + ["what people choose by today"] * config.select.baselines
+            ),
+        )
+    for ranks, samples in (
+        (best.halves, f"{config.select.halves} random halves of train"),
+        (best.seeds, f"{len(config.select.seeds) + 1} seeds of the LoRA's A"),
+    ):
+        if ranks is not None:
+            screen.out.print(
+                f"Stability: over {samples} the first choice is first of the {one.num_ranked} best "
+                f"in {ranks.first:.0%}; its rank is {ranks.best_rank} to {ranks.worst_rank}, "
+                f"{short(ranks.mean_rank)} in the mean."
+            )
+
+
+def _show_front(config: RunConfig, one: KindSelection, screen: Screen) -> None:
+    """The choices that no other one beats in all objectives."""
+    select = config.select
+    signs = {key: _SIGNS[objective(key).expected] for key in select.objectives}
+    screen.table(
+        ["", select.candidates.value + "s", *(f"{k.value}{sign}" for k, sign in signs.items())],
+        [
+            [str(choice.front), _name(choice, one), *(_cell(key, choice) for key in signs)]
+            for choice in one.front[: select.top]
+        ],
+        title=f"Pareto front of {', '.join(key.value for key in signs)}",
+    )
+    whole = "of all that the budget allows" if one.is_front_exact else "of those NSGA-II tried"
+    more = f", {select.top} of them shown" if len(one.front) > select.top else ""
+    screen.out.print(f"{counted(len(one.front), 'choice')} on the front {whole}{more}.")
 
 
 def _show_notes(one: KindSelection, screen: Screen) -> None:
@@ -129,6 +204,10 @@ def _show_notes(one: KindSelection, screen: Screen) -> None:
         )
 
 
+def _number(choice: RankedChoice) -> str:
+    return "all" if choice.rank is None else str(choice.rank)
+
+
 def _name(choice: RankedChoice, one: KindSelection) -> str:
     if choice.rank is None:
         return f"all {one.num_candidates}"
@@ -136,9 +215,16 @@ def _name(choice: RankedChoice, one: KindSelection) -> str:
     return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
 
 
+def _ranks(found: Stability | None) -> str:
+    """Lowest to highest rank."""
+    return "" if found is None else f"{found.best_rank}-{found.worst_rank}"
+
+
 def _cell(criterion: Criterion, choice: RankedChoice) -> str:
     if criterion is Criterion.condition_number and choice.is_singular:
         return "∞"
+    if criterion is Criterion.num_parameters:
+        return f"{choice.start.num_parameters:,}"
     score = choice.scores[criterion]
     return "?" if math.isnan(score) else short(score)
 

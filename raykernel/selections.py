@@ -9,68 +9,29 @@ the full weights: the LoRA's is a random one whose mean is the full one's up to 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raykernel.analysis.predictors import PREDICTORS, Start
-from raykernel.analysis.selection import Budget, Ranking, num_sets, search
-from raykernel.candidates import Member, find_members, stack_kernels
+from raykernel.analysis.predictors import PREDICTORS, Reads
+from raykernel.analysis.stability import Stability
+from raykernel.baselines import measure
+from raykernel.candidates import Member, find_members
+from raykernel.compute.executor import Executor
 from raykernel.config import RunConfig, canonical_json, require
 from raykernel.console import Screen
+from raykernel.jobs import LateExecutor
 from raykernel.pipeline import Completion, complete_train
-from raykernel.prepared import Prepared, prepare
-from raykernel.problem.skeleton import adapted_paths, layer_linears
-from raykernel.spectra import same_gradients
+from raykernel.prepared import Prepared, identity_of, prepare
+from raykernel.problem.skeleton import layer_linears
+from raykernel.ranked import KindSelection, rank
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.results import key_of
 from raykernel.terms import Criterion, Kind, Method, Projection, PromptStyle
 from raykernel.training.adapter import write_adapter_config
-
-
-@dataclass(frozen=True, slots=True)
-class RankedChoice:
-    """A choice of candidates and all that is foretold of it."""
-
-    rank: int | None
-    """1: the best; None: all candidates, for comparison."""
-    members: tuple[Member, ...]
-    start: Start
-    scores: Mapping[Criterion, float]
-
-    @property
-    def num_features(self) -> int | None:
-        """A bound of the kernel's rank; None if not counted."""
-        counts = [member.num_features for member in self.members]
-        known = [count for count in counts if count is not None]
-        return sum(known) if len(known) == len(counts) else None
-
-    @property
-    def is_singular(self) -> bool:
-        """Whether there are fewer features than rows."""
-        return self.num_features is not None and self.num_features < self.start.spectrum.size
-
-
-@dataclass(frozen=True, slots=True)
-class KindSelection:
-    """What was found of one kind of kernel."""
-
-    kind: Kind
-    ranking: Ranking
-    choices: tuple[RankedChoice, ...]
-    """Best first, all candidates last."""
-    num_candidates: int
-    """That have a gradient."""
-    num_dead: int
-    """That have none."""
-    sigma: float
-    duplicates: tuple[tuple[str, str], ...]
-    """Ids of train examples that the best choice takes for one."""
-    adapter: Path
-    """Folder of `adapter_config.json`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,31 +59,58 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
     """
     _check(config)
     prepared = prepare(config, screen)
-    linears = layer_linears(
-        prepared.config.model, has_prompt=config.prompt.style is not PromptStyle.none
-    )
-    paths = list(linears)
-    if config.parameters.method is not Method.lora or config.select.modules:
-        paths = adapted_paths(linears, config.select.modules, prepared.config.model)
-    store = Store(config.store.path)
-    handle, completion = complete_train(prepared, screen)
+    has_prompt = config.prompt.style is not PromptStyle.none
+    linears = layer_linears(prepared.config.model, has_prompt=has_prompt)
+    members = find_members(prepared, linears)
+    _check_budget(config, members)
+    store, paths = Store(config.store.path), [path for one in members for path in one.modules]
+    with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
+        handle, completion = complete_train(prepared, screen, executor)
+        measured = None
+        if config.select.baselines:
+            measured = measure(prepared, handle, paths, executor=executor, screen=screen)
+        others = _other_seeds(prepared, executor, screen)
     found = []
     for kind in config.kernel.kinds:
         if not kind.is_symmetric:
             screen.note(f"{kind.value} is not symmetric and has no spectrum: left out.")
             continue
-        members = find_members(prepared, handle, kind, {path: linears[path] for path in paths})
-        one = rank(prepared, handle, kind, members, screen=screen)
+        key = key_of("selections", result_key(prepared, kind))
+        one = rank(
+            prepared,
+            handle,
+            kind,
+            members,
+            measured=measured,
+            others=others,
+            adapter=Path(config.store.path) / "selections" / f"selection-{key}",
+            screen=screen,
+        )
         best = [path for member in one.choices[0].members for path in member.modules]
         write_adapter_config(
             one.adapter,
             {path: linears[path] for path in best},
             model=prepared.config.model,
             parameters=config.parameters,
+            has_prompt=has_prompt,
         )
         store.write_results("selections", result_rows(prepared, one, overrides))
         found.append(one)
     return Selections(prepared, completion, tuple(found))
+
+
+def _other_seeds(
+    prepared: Prepared, executor: Executor, screen: Screen
+) -> list[tuple[Prepared, KernelHandle]]:
+    """The kernels of the same LoRA with other random A, completed."""
+    config, found = prepared.config, []
+    for seed in config.select.seeds:
+        other = replace(config, parameters=replace(config.parameters, seed=seed))
+        identity = identity_of(other, prepared.data, prepared.prompt, prepared.encoded)
+        seeded = replace(prepared, config=other, identity=identity)
+        screen.say(f"Kernel of the LoRA with parameters.seed={seed}:")
+        found.append((seeded, complete_train(seeded, screen, executor)[0]))
+    return found
 
 
 def _check(config: RunConfig) -> None:
@@ -132,12 +120,34 @@ def _check(config: RunConfig) -> None:
     is_any = any(kind.is_symmetric for kind in config.kernel.kinds)
     require(is_any, "kernel.kinds", kinds, "sgd or signgd: asigngd is not symmetric")
     require(config.spectrum.ridge > 0, "spectrum.ridge", config.spectrum.ridge, "more than 0")
-    is_probed = config.prompt.style is PromptStyle.none
+    asked = {"criterion": [select.criterion], "objectives": select.objectives}
+    for key, criteria in asked.items():
+        names = [one.value for one in criteria]
+        left_out = {Criterion.loo_error, Criterion.loo_accuracy} & set(criteria)
+        require(
+            not (left_out and config.prompt.style is PromptStyle.none),
+            f"select.{key}",
+            names,
+            "another one with prompt=none, whose linear probe was fitted to all of train",
+        )
+        require(
+            select.baselines or not any(PREDICTORS[one].reads is Reads.weights for one in criteria),
+            f"select.{key}",
+            names,
+            "a criterion of the kernel, or select.baselines=true",
+        )
+    own, seeds = config.parameters.seed, select.seeds
     require(
-        not (is_probed and select.criterion in (Criterion.loo_error, Criterion.loo_accuracy)),
-        "select.criterion",
-        select.criterion.value,
-        "another one with prompt=none, whose linear probe was fitted to all of train",
+        not seeds or config.parameters.method is Method.lora,
+        "select.seeds",
+        seeds,
+        "none without parameters=lora: no other kernel is random",
+    )
+    require(
+        len({own, *seeds}) == 1 + len(seeds),
+        "select.seeds",
+        seeds,
+        f"seeds that differ from each other and from parameters.seed={own}",
     )
     method = config.kernel.projection.method
     require(
@@ -156,58 +166,15 @@ def _check(config: RunConfig) -> None:
     )
 
 
-def rank(
-    prepared: Prepared,
-    handle: KernelHandle,
-    kind: Kind,
-    members: Sequence[Member],
-    *,
-    screen: Screen,
-) -> KindSelection:
-    """Rank choices of candidates by `select.criterion`.
-
-    Args:
-        prepared: the run.
-        handle: its kernel, with all blocks of train.
-        kind: a symmetric kind.
-        members: the candidates.
-        screen: where progress is shown.
-
-    Returns:
-        The best choices, and all candidates for comparison.
-    """
-    config, select = prepared.config, prepared.config.select
-    before = len(members)
-    members, candidates = stack_kernels(prepared, handle, kind, members)
-    predictor = PREDICTORS[select.criterion]
-    budget = Budget(select.max_size, select.max_parameters)
-    find = partial(
-        search, candidates, predictor, budget, top=select.top, exhaustive=select.exhaustive
-    )
-    total, name = num_sets(len(members), select.max_size), f"choices of layers ({kind.value})"
-    if total <= select.exhaustive:
-        with screen.progress(name, total) as advance:
-            ranking = find(advance=advance)
-    else:
-        with screen.stage(f"Searching {name}"):
-            ranking = find()
-    sets = [(number, choice.chosen) for number, choice in enumerate(ranking.choices, start=1)]
-    every: list[tuple[int | None, tuple[int, ...]]] = [*sets, (None, tuple(range(len(members))))]
-    choices = []
-    for number, chosen in every:
-        start = candidates.start(chosen)
-        scores = {criterion: one.score(start) for criterion, one in PREDICTORS.items()}
-        choices.append(RankedChoice(number, tuple(members[i] for i in chosen), start, scores))
-    row = result_key(prepared, kind)
-    return KindSelection(
-        kind,
-        ranking,
-        tuple(choices),
-        len(members),
-        before - len(members),
-        candidates.sigma,
-        same_gradients(handle, choices[0].start.kernel, config.spectrum),
-        Path(config.store.path) / "selections" / f"selection-{key_of('selections', row)}",
+def _check_budget(config: RunConfig, members: Sequence[Member]) -> None:
+    """A budget that no candidate is within is refused before its kernel is computed."""
+    allowed, least = config.select.max_parameters, min(one.num_parameters for one in members)
+    require(
+        allowed is None or allowed >= least,
+        "select.max_parameters",
+        allowed,
+        f"at least {least}: that many parameters the smallest of {len(members)} candidates trains "
+        f"with parameters.r={config.parameters.r}",
     )
 
 
@@ -259,14 +226,20 @@ def result_rows(
         "parameters": canonical_json(config.parameters),
         "num_scored": found.ranking.num_scored,
         "is_exhaustive": found.ranking.is_exhaustive,
+        "guarantee": found.ranking.guarantee,
+        "num_ranked": found.num_ranked,
+        "is_front_exact": found.is_front_exact if found.front else None,
         "sigma": found.sigma,
         "overrides": list(overrides),
     }
+    shown = {choice.members for choice in found.choices[:-1]}
+    others = [choice for choice in found.front if choice.members not in shown]
     folder = found.adapter.relative_to(Path(config.store.path)).as_posix()
     return [
         common
         | {
             "rank": choice.rank,
+            "front": choice.front,
             "candidates": [member.name for member in choice.members],
             "layers": sorted({member.layer for member in choice.members}),
             "target_modules": [path for member in choice.members for path in member.modules],
@@ -283,5 +256,12 @@ def result_rows(
             for criterion, score in choice.scores.items()
             if criterion not in (Criterion.size, Criterion.num_parameters)
         }
-        for choice in found.choices
+        | _stability_columns("half", choice.halves)
+        | _stability_columns("seed", choice.seeds)
+        for choice in (*found.choices[:-1], *others, found.choices[-1])
     ]
+
+
+def _stability_columns(of: str, found: Stability | None) -> dict[str, object]:
+    names = ("mean_rank", "best_rank", "worst_rank", "first")
+    return {f"{of}_{name}": None if found is None else getattr(found, name) for name in names}

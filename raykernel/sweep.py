@@ -23,7 +23,7 @@ from raykernel.console import Screen, counted, duration
 from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel
 from raykernel.errors import InputError, nearest
 from raykernel.published import sweeps_dir
-from raykernel.runs import Ended, Run, Runner, make_run, rows_of, stored
+from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, stored
 from raykernel.search import Search, check_settings
 from raykernel.space import Plan, Point, check, is_harmless, make_plan, spelt
 from raykernel.store.blocks import Store
@@ -345,7 +345,7 @@ def make_searcher(
     question = [arm.command.value, asked, cells, spelt(axes), settings.metrics]
     directions = [direction.value for direction in settings.directions]
     search = Search(
-        journal=plan.store_path() / "sweeps" / f"{name}.journal",
+        journal=plan.store_path().resolve() / "sweeps" / f"{name}.journal",
         name=f"{name}, {arm.name}, {fingerprint([*question, directions])}",
         axes=axes,
         sampler=settings.sampler,
@@ -360,7 +360,7 @@ def make_searcher(
 def _ended(searcher: Searcher) -> list[Ended]:
     """Runs of all choices that were tried; each once."""
     tried = [run for choice in searcher.search.choices() for run in searcher.runs(choice)]
-    found = (stored(run, retry_failed=False) for run in {run.id: run for run in tried}.values())
+    found = map(recalled, {run.id: run for run in tried}.values())
     return [ended for ended in found if ended is not None]
 
 

@@ -11,6 +11,7 @@ from benchmarks.comparison import relative_error
 from benchmarks.contenders import OWN, Contender
 from benchmarks.peers import PEERS, reference
 from benchmarks.regression import WAYS, reference_predictions, regression
+from benchmarks.selection import groups
 from benchmarks.workloads import PAD, Workload, roberta
 
 WIDTH = 16
@@ -63,3 +64,11 @@ def test_the_floor_counts_every_layer_over_its_live_tokens(tiny: Workload) -> No
         for s, d_in, d_out in layers
     )
     assert floor.work(tiny).flops == expected
+
+
+def test_groups_of_the_search_are_of_full_rank() -> None:
+    """Else their eigenvalues would be noise, which takes another way through the code."""
+    drawn = groups(3, rows=6)
+    kernels = drawn.kernels.reshape(3, 12, 12)
+    assert np.linalg.matrix_rank(kernels).tolist() == [12, 12, 12]
+    assert drawn.names == ("0", "1", "2")

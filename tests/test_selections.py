@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import RobertaForMaskedLM, RobertaModel
 
 from raykernel.analysis.leave_one_out import leave_one_out
+from raykernel.analysis.stability import halves
 from raykernel.analysis.targets import one_hot
 from raykernel.candidates import Member, _check_ties
 from raykernel.cli import main
@@ -25,12 +27,15 @@ from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.errors import InputError
 from raykernel.prepared import example_labels
+from raykernel.problem.skeleton import layer_linears
 from raykernel.selection_table import show_selections
 from raykernel.selections import Selections, selections
 from raykernel.spectra import spectra
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.verify import verify
+from raykernel.terms import Criterion
+from raykernel.training.adapter import write_adapter_config
 from tests import tiny
 
 ROBERTA = "roberta.encoder.layer.{}.attention.self.{}"
@@ -189,7 +194,7 @@ def test_other_criteria_and_budgets_take_the_same_blocks(
     assert main(["select", *arguments(**changes, select__exhaustive="0")]) == 0
     printed = capsys.readouterr()
     assert printed.err.count("computing 0 blocks") == 2
-    assert "greedy with exchanges" in printed.out
+    assert "greedy with exchanges, at least 63% of the best there is" in printed.out
     both = rows(criterion="log_det", rank=1)
     assert [row["is_exhaustive"] for row in both] == [True, False]
     assert both[0]["layers"] == both[1]["layers"]
@@ -309,6 +314,24 @@ def test_a_damaged_adapter_is_named_and_removed(found: Selections) -> None:
         ("kernel.kinds=[asigngd]", "sgd or signgd"),
         ("select.criterion=loo_error prompt=none", "fitted to all of train"),
         ("kernel.projection.method=intrinsic_dimension", "projects all layers together"),
+        ("select.max_parameters=100", "at least 512: that many parameters the smallest of 3"),
+        ("parameters=lora parameters.target_modules=[query] select.modules=[valu]", "'value'"),
+        (
+            "parameters=lora parameters.target_modules=[query] select.modules=[query,key]",
+            "'key' is a module of the model whose weights do not vary in this kernel",
+        ),
+        ("parameters.include=[LayerNorm]", "found none of 18 linear layers among what varies"),
+        ("select.halves=3", "an even number, or 0"),
+        ("select.seeds=[1]", "none without parameters=lora"),
+        ("parameters=lora select.seeds=[0]", "differ from each other and from parameters.seed=0"),
+        ("select.objectives=[trace]", "two criteria or more that differ"),
+        ("select.objectives=[trace,random]", "criteria other than random"),
+        ("select.objectives=[trace,loo_error] prompt=none", "fitted to all of train"),
+        (
+            "select.criterion=relative_gradient_norm select.baselines=false",
+            "a criterion of the kernel, or select.baselines=true",
+        ),
+        ("select.criterion=importance", "Set select.max_size or select.max_parameters"),
     ],
 )
 def test_wrong_settings_are_said_before_anything_is_computed(
@@ -320,6 +343,160 @@ def test_wrong_settings_are_said_before_anything_is_computed(
     assert main(["select", *chosen]) == 2
     assert said in capsys.readouterr().err
     assert not list(Path().glob("empty/kernels/*/block-*"))
+
+
+def test_ranks_on_halves_are_those_of_the_sub_matrices(
+    found: Selections, handle: KernelHandle
+) -> None:
+    """κ of every choice on each half of train, by hand; 7 choices, 8 halves."""
+    train = handle.grid.train
+    labels = example_labels(found.prepared.data)[train.start : train.stop]
+    ranked = sorted(
+        (row for row in rows(criterion="regularised") if row["rank"] is not None),
+        key=lambda row: row["rank"],  # type: ignore[arg-type, return-value]
+    )
+    kernels = [kernel_of(handle, tuple(row["layers"])) for row in ranked]  # type: ignore[arg-type]
+    ranks = []
+    for half in halves(labels, 8, seed=0):
+        values = np.array([regularised(kernel[half][:, :, half]) for kernel in kernels])
+        ranks.append((values[:, None] > values).sum(axis=1) + 1)
+    for row, own in zip(ranked, np.array(ranks).T, strict=True):
+        assert row["half_mean_rank"] == pytest.approx(own.mean())
+        assert (row["half_best_rank"], row["half_worst_rank"]) == (own.min(), own.max())
+        assert row["half_first"] == pytest.approx((own == 1).mean())
+        assert (row["num_ranked"], row["seed_first"]) == (7, None)
+
+
+def test_the_front_is_of_all_choices(found: Selections, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"select__objectives": "[loo_error,regularised,num_parameters]"}
+    changes |= {"store__path": "fronts"}
+    assert main(["select", *arguments(**changes)]) == 0
+    out = capsys.readouterr().out
+    assert "Pareto front of loo_error, regularised, num_parameters" in out
+    own = rows("fronts", is_front_exact=True)
+    assert len(own) == 8
+    chosen = [row for row in own if row["rank"] is not None]
+    costs = np.array(
+        [[row[k] for k in ("loo_error", "regularised", "num_parameters")] for row in chosen],
+        dtype=float,
+    )
+    beaten = [any((other <= one).all() and (other < one).any() for other in costs) for one in costs]
+    assert [row["front"] is None for row in chosen] == beaten
+    places = sorted((row["front"], row["loo_error"]) for row in chosen if row["front"])
+    assert [place for place, _ in places] == list(range(1, 8 - sum(beaten)))
+    assert [error for _, error in places] == sorted(error for _, error in places)
+    # A front that NSGA-II finds of these few is the same, and more of it is stored than is shown.
+    greedy = {"select__exhaustive": "0", "select__top": "1", "select__trials": "60"}
+    assert main(["select", *arguments(**changes, **greedy)]) == 0
+    assert "on the front of those NSGA-II tried" in capsys.readouterr().out
+    tried = [row for row in rows("fronts", is_front_exact=False) if row["front"]]
+    assert {tuple(row["layers"]) for row in tried} == {  # type: ignore[arg-type]
+        tuple(row["layers"])
+        for row in chosen
+        if row["front"]  # type: ignore[arg-type]
+    }
+
+
+def test_other_seeds_of_a_lora_are_kernels_of_their_own(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "parameters": "lora",
+        "parameters__r": "2",
+        "select__seeds": "[5,6]",
+        "select__halves": "0",
+        "store__path": "seeds",
+    }
+    assert main(["select", *arguments(**changes)]) == 0
+    assert "Stability: over 3 seeds of the LoRA's A the first choice" in capsys.readouterr().out
+    store = Store("seeds")
+    handles = [store.open(name) for name in store.fingerprints()]
+    seeds = sorted(one.identity["parameters"]["seed"] for one in handles)  # type: ignore[call-overload, index]
+    assert seeds == [0, 5, 6]
+    ranked = [row for row in rows("seeds") if row["rank"] is not None]
+    values = np.array(
+        [
+            [
+                regularised(
+                    one.kernel(
+                        [rf"layer\.{layer}\..*lora" for layer in row["layers"]],  # type: ignore[attr-defined]
+                        rows=one.grid.train,
+                    )
+                )
+                for row in ranked
+            ]
+            for one in handles
+        ]
+    )
+    ranks = (values[:, :, None] > values[:, None, :] * (1 + 1e-9)).sum(axis=2) + 1
+    for row, own in zip(ranked, ranks.T, strict=True):
+        assert row["seed_mean_rank"] == pytest.approx(own.mean())
+        assert (row["seed_best_rank"], row["seed_worst_rank"]) == (own.min(), own.max())
+        assert row["half_first"] is None
+    assert main(["select", *arguments(**changes)]) == 0
+    assert capsys.readouterr().err.count("computing 0 blocks") == 3
+
+
+def test_candidates_without_a_gradient_are_left_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A constant added to all keys changes no attention: the key bias has no gradient."""
+    changes = {
+        "parameters__include": "[key.bias,query.bias]",
+        "select__modules": "[query,key]",
+        "select__candidates": "module",
+        "store__path": "dead",
+    }
+    assert main(["select", *arguments(**changes)]) == 0
+    assert "Left out: 3 candidates without any gradient." in capsys.readouterr().out
+    (every,) = rows("dead", rank=None)
+    assert every["candidates"] == [f"{layer}.query" for layer in range(LAYERS)]
+
+
+def test_a_criterion_that_rounding_hides_ranks_nothing(
+    lora: Selections, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train examples that are the same: no choice has a smallest eigenvalue but noise."""
+    settings = lora.prepared.config.select
+    hidden = replace(settings, criterion=Criterion.condition_number)
+    config = replace(lora.prepared.config, select=hidden)
+    show_selections(selections(config, (), Screen()), Screen())
+    assert "Unranked: rounding hides what the criterion is made of" in capsys.readouterr().out
+
+
+def test_the_adapter_says_modules_and_layers_where_that_is_the_same(
+    found: Selections,
+) -> None:
+    """As a person would write it, and whole paths where names alone would take other modules."""
+    (one,) = found.by_kind
+    config = json.loads((one.adapter / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["query", "value"]
+    assert config["layers_to_transform"] == [member.layer for member in one.choices[0].members]
+    linears = layer_linears(found.prepared.config.model, has_prompt=True)
+    base = "roberta.encoder.layer."
+    key, query = "attention.self.key", "attention.self.query"
+    for chosen, expected in (
+        ({(0, key), (2, key)}, {"key"}),
+        ({(0, query), (0, "intermediate.dense")}, {"query", "intermediate.dense"}),
+        ({(1, "attention.output.dense")}, {"attention.output.dense"}),
+        # `output.dense` ends the path of another module, too; and no names and layers mean these.
+        ({(1, "output.dense")}, None),
+        ({(0, query), (1, key)}, None),
+    ):
+        targets = {f"{base}{layer}.{name}" for layer, name in chosen}
+        write_adapter_config(
+            Path("written"),
+            {path: linears[path] for path in targets},
+            model=found.prepared.config.model,
+            parameters=found.prepared.config.parameters,
+            has_prompt=True,
+        )
+        config = json.loads(Path("written/adapter_config.json").read_text())
+        assert set(config["target_modules"]) == (expected or targets)
+        layers = sorted({layer for layer, _ in chosen})
+        assert config["layers_to_transform"] == (layers if expected else None)
+        model = loaded("written", RobertaForMaskedLM.from_pretrained("model"))
+        assert adapted(model) == targets
 
 
 def test_candidates_that_share_a_parameter_are_refused() -> None:

@@ -67,6 +67,22 @@ def decompose(
     """
     kernel = flatten(k_train_train, targets)
     eigenvalues, vectors = scipy.linalg.eigh((kernel + kernel.T) / 2)
+    check_semidefinite(eigenvalues, floor)
+    top = max(float(eigenvalues[-1]), 0.0)
+    reached = max(noise(k_train_train, resolution) * top, floor)
+    return Gram(eigenvalues, vectors, eigenvalues > reached)
+
+
+def check_semidefinite(eigenvalues: Float[np.ndarray, " m"], floor: float) -> None:
+    """Refuse eigenvalues that no Gram matrix has.
+
+    Args:
+        eigenvalues: ascending.
+        floor: an eigenvalue that is known to be noise.
+
+    Raises:
+        NotPositiveSemidefiniteError: if one is far below zero.
+    """
     top = max(float(eigenvalues[-1]), 0.0)
     allowed = max(NOT_PSD_TOLERANCE * top, NOT_PSD_FLOORS * floor, np.finfo(np.float64).tiny)
     if eigenvalues[0] < -allowed:
@@ -75,8 +91,6 @@ def decompose(
             f"{top:.3g}; a kernel of gradients has none below zero. Check that rows and columns "
             "are the same examples in the same order."
         )
-    reached = max(noise(k_train_train, resolution) * top, floor)
-    return Gram(eigenvalues, vectors, eigenvalues > reached)
 
 
 def flatten(

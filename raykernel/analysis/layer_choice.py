@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from raykernel.analysis.outputs import total
-from raykernel.analysis.predictors import PREDICTORS
-from raykernel.analysis.selection import EXHAUSTIVE, Budget, Candidates, search
+from raykernel.analysis.predictors import PREDICTORS, Reads
+from raykernel.analysis.selection import EXHAUSTIVE, search
+from raykernel.analysis.sets import Budget, Candidates
 from raykernel.analysis.spectrum import RIDGE
 from raykernel.errors import InputError
 from raykernel.terms import Criterion
@@ -54,14 +55,19 @@ def select_layers(
         exhaustive: sets tried one by one at the most; of more, greedy choice and exchanges.
 
     Returns:
-        The best sets, best first, with the scores of all predictors but those that count
-        parameters.
+        The best sets, best first, with the scores of all predictors but those of parameters,
+        which kernels do not know.
 
     Raises:
-        InputError: if every layer betters the criterion and there is no `max_size`, or the kernels
-            are not alike, square, symmetric and finite.
+        InputError: if the criterion is one of parameters, or every layer betters it and there is
+            no `max_size`, or the kernels are not alike, square, symmetric and finite.
     """
     predictor = PREDICTORS[criterion]
+    if predictor.reads is Reads.weights:
+        raise InputError(
+            f"criterion: found {criterion.value}, which is of a model's weights; expected one of "
+            "kernels. `raykernel select` has it."
+        )
     if criterion is Criterion.num_parameters or (predictor.is_monotone and max_size is None):
         raise InputError(
             f"criterion: found {criterion.value}, which every layer betters; expected max_size "
@@ -84,7 +90,7 @@ def select_layers(
             {
                 name: one.score(candidates.start(choice.chosen))
                 for name, one in PREDICTORS.items()
-                if name is not Criterion.num_parameters
+                if name is not Criterion.num_parameters and one.reads is not Reads.weights
             },
         )
         for choice in found.choices

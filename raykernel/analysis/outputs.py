@@ -135,9 +135,23 @@ def project(
         kernel = _both_sides(kernel, scipy.linalg.helmert(n).T, axis=0)
     reached = max(resolution * scale, floor)
     gram = decompose(kernel, np.zeros(kernel.shape[:2]), resolution, reached)
-    # A Gram matrix has no eigenvalue below zero: one that has is off by at least as much.
-    reached = max(reached, resolution * gram.top, -float(gram.eigenvalues[0]))
+    reached = noise_end(gram.eigenvalues, resolution, reached)
     return replace(gram, kept=gram.eigenvalues > reached), reached
+
+
+def noise_end(eigenvalues: Float[np.ndarray, " m"], resolution: float, floor: float) -> float:
+    """How far noise reaches among the eigenvalues of Qᵀ K Q.
+
+    Args:
+        eigenvalues: ascending.
+        resolution: of K.
+        floor: an eigenvalue that is known to be noise, such as resolution · ||K||_op.
+
+    Returns:
+        The largest eigenvalue that may be noise.
+    """
+    # A Gram matrix has no eigenvalue below zero: one that has is off by at least as much.
+    return max(floor, resolution * float(eigenvalues[-1]), -float(eigenvalues[0]))
 
 
 def combined(

@@ -114,9 +114,13 @@ def adding(
     one, two, noise_a, noise_b = _pair(kernel, added, resolution)
     chosen = choose_outputs(outputs, one.shape[1])
     gram_a, floor_a = project(one, noise_a, outputs=chosen, centred=centred)
-    a = read(gram_a, floor=floor_a, outputs=chosen, centred=centred, ridge=ridge)
+    a = read(
+        gram_a.eigenvalues, gram_a.kept, floor=floor_a, outputs=chosen, centred=centred, ridge=ridge
+    )
     gram_b, floor_b = project(two, noise_b, outputs=chosen, centred=centred)
-    b = read(gram_b, floor=floor_b, outputs=chosen, centred=centred, ridge=ridge)
+    b = read(
+        gram_b.eigenvalues, gram_b.kept, floor=floor_b, outputs=chosen, centred=centred, ridge=ridge
+    )
     after = spectrum(
         one + two,
         outputs=chosen,

@@ -8,6 +8,10 @@ Legend: K the kernel of n train examples in the outputs that softmax sees, m = n
 single output m = n), l_1 ≥ … ≥ l_m its eigenvalues, τ their mean; r = y - f_0 what the outputs have
 to change, one-hot labels less initial logits; v_iᵀ r its coordinate along eigenvector i.
 
+Three are what people choose layers by today, `relative_gradient_norm`, `explained_variance` and
+`importance`: they are of a set's weights and their inputs, not of its kernel, and are there where
+a model was at hand to measure them on.
+
 Two ridges. ε τ is relative to each set's own kernel, so that readings with it do not depend on
 scale; σ is one for all sets, so that those with it (`is_monotone`) move one way with every layer
 added. Eigenvalues that are rounding noise count as 0, and a number that they make is NaN.
@@ -18,123 +22,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from enum import Enum
 
 import numpy as np
-from jaxtyping import Float
 
 from raykernel.analysis.correlation import Expected
-from raykernel.analysis.gram import Gram, decompose
-from raykernel.analysis.leave_one_out import LeaveOneOut, leave_each_out
-from raykernel.analysis.outputs import Outputs, choose_outputs, combined, contrast_basis, project
-from raykernel.analysis.spectrum import RIDGE, Spectrum, read
-from raykernel.errors import InputError
+from raykernel.analysis.start import Start
 from raykernel.terms import Criterion
 
 EVIDENCE_RIDGES = 11
 """Ridges over which the marginal likelihood is maximised, from ε to 10⁵ ε."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """A set of layers before training: its kernel, and what that has to fit."""
+class Reads(Enum):
+    """What of a set a score is made of: a search finds that of many sets at once."""
 
-    kernel: Float[np.ndarray, "n1 c1 n2 c2"]
-    """K(train, train) of all outputs, symmetric, in float64."""
-    targets: Float[np.ndarray, "n c"]
-    """One-hot labels y."""
-    f0: Float[np.ndarray, "n0 c0"]
-    """Initial logits."""
-    sigma: float
-    """Ridge σ, the same for all sets that are compared; above 0."""
-    ridge: float = RIDGE
-    """ε, relative to the mean eigenvalue of this kernel."""
-    resolution: float = 0.0
-    """Relative size of an eigenvalue of `kernel` that is rounding noise."""
-    bound: float = math.inf
-    """At least ||kernel||_op, where it is known: saves finding that of kernels without noise."""
-    is_f0_fitted: bool = False
-    """Whether f_0 was fitted to these labels, as a linear probe's is: then no example is left out
-    by leaving it out of the kernel."""
-    size: int = 1
-    """Candidates in the set."""
-    num_parameters: int = 0
-    """Parameters that would be trained."""
-    draw: float = 0.0
-    """A random number, as a control."""
-
-    def __post_init__(self) -> None:
-        n, c = self.targets.shape
-        if self.kernel.shape != (n, c, n, c) or self.f0.shape != (n, c):
-            raise InputError(
-                f"Found a kernel of shape {self.kernel.shape} and logits of shape {self.f0.shape} "
-                f"beside labels of shape {(n, c)}, expected {(n, c, n, c)} and {(n, c)}."
-            )
-        if not (0 < self.sigma < math.inf and 0 <= self.ridge < math.inf):
-            raise InputError(
-                f"Found sigma={self.sigma} and ridge={self.ridge}, expected sigma > 0, ridge ≥ 0."
-            )
+    counts = 0
+    """Nothing of its kernel: sizes and draws."""
+    weights = 1
+    """Nothing of its kernel: what was measured of its weights."""
+    entries = 2
+    """The kernel's entries."""
+    eigenvalues = 3
+    eigenvectors = 4
 
     @property
-    def outputs(self) -> Outputs:
-        """What softmax sees, or the only output."""
-        return choose_outputs(None, self.targets.shape[1])
-
-    @cached_property
-    def basis(self) -> Float[np.ndarray, "c c2"]:
-        """Those outputs, one a column."""
-        c = self.targets.shape[1]
-        return contrast_basis(c) if self.outputs is Outputs.contrast else np.eye(c)
-
-    @cached_property
-    def seen(self) -> Float[np.ndarray, "n c2 n c2"]:
-        """K in these outputs."""
-        return combined(self.kernel, self.outputs)
-
-    @cached_property
-    def missing(self) -> Float[np.ndarray, " m"]:
-        """What is to change, r, in these outputs."""
-        flat: Float[np.ndarray, " m"] = ((self.targets - self.f0) @ self.basis).ravel()
-        return flat
-
-    @property
-    def gram(self) -> Gram:
-        """Eigenbasis of K."""
-        return self._gram_and_floor[0]
-
-    @cached_property
-    def _gram_and_floor(self) -> tuple[Gram, float]:
-        # Noise is relative to the norm of all outputs' kernel. Where even a bound of that leaves
-        # every eigenvalue above the noise, the norm itself does not matter.
-        highest = self.resolution * self.bound
-        if math.isfinite(highest):
-            gram = decompose(self.seen, np.zeros(self.seen.shape[:2]), 0.0, highest)
-            if gram.kept.all():
-                return gram, highest
-        return project(self.kernel, self.resolution, outputs=self.outputs, centred=False)
-
-    @cached_property
-    def spectrum(self) -> Spectrum:
-        """Readings of K's eigenvalues, with the ridge ε τ."""
-        gram, floor = self._gram_and_floor
-        return read(gram, floor=floor, outputs=self.outputs, centred=False, ridge=self.ridge)
-
-    @cached_property
-    def left_out(self) -> LeaveOneOut | None:
-        """Leave-one-out predictions with the ridge ε τ; None of noise, or if f_0 was fitted."""
-        seen = self.spectrum
-        hidden = seen.num_unresolved == seen.size or (seen.num_unresolved and seen.sigma == 0)
-        if hidden or self.is_f0_fitted:
-            return None
-        return leave_each_out(
-            self.gram, self.targets, f0=self.f0, basis=self.basis, sigma=seen.sigma
-        )
-
-    @cached_property
-    def energy(self) -> Float[np.ndarray, " m"]:
-        """(v_iᵀ r)², in the order of `gram`."""
-        coordinates: Float[np.ndarray, " m"] = (self.missing @ self.gram.vectors) ** 2
-        return coordinates
+    def is_of_kernel(self) -> bool:
+        """Whether another sample of examples is another score."""
+        return self.value >= Reads.entries.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +60,7 @@ class Predictor:
     """NaN where the set has none."""
     expected: Expected
     """Sign of its relation to how well fine-tuning does: accuracy, or minus the train loss."""
+    reads: Reads
     knows_labels: bool = False
     is_monotone: bool = False
     """Whether every layer added makes it better, so that it chooses nothing without a budget."""
@@ -168,8 +84,14 @@ def trace(start: Start) -> float:
 def log_det(start: Start) -> float:
     """Volume, log det(I + K/σ) = Σ log(1 + l/σ).
 
-    Monotone and submodular in the set, as an entropy is: greedy choice under a budget of size
-    reaches 1 - 1/e of the best.
+    Monotone and submodular in the set. With M = σI + K_S, layer l adds
+
+        log det(M + K_l) - log det M = log det(I + K_l^½ M⁻¹ K_l^½) ≥ 0,
+
+    and more layers in S make M larger, M⁻¹ smaller (the inverse reverses the Loewner order), and so
+    the logarithm smaller. It is 0 of the empty set. Hence greedy choice reaches 1 - 1/e of the best
+    set of a given size; of a budget of parameters that is not known. Without σ, log det K_S is
+    neither bounded below nor monotone.
     Reference: Nemhauser, Wolsey & Fisher 1978; Krause & Guestrin 2005.
 
     Args:
@@ -282,28 +204,96 @@ def loo_accuracy(start: Start) -> float:
     return math.nan if start.left_out is None else start.left_out.accuracy
 
 
+# ---------------------------------------------------------------- of weights and their inputs
+
+
+def relative_gradient_norm(start: Start) -> float:
+    """Auto-RGN ‖g‖ / ‖W‖, of all weight matrices of the set as one vector.
+
+    g is the gradient of the mean cross-entropy over train. The ratio of a union lies between those
+    of its parts.
+    Reference: Lee et al. 2023 (surgical fine-tuning, arXiv:2210.11466), Auto-RGN.
+
+    Args:
+        start: the set.
+
+    Returns:
+        The ratio; NaN where it was not measured.
+    """
+    found = start.baseline
+    if found is None or not found.weights > 0:
+        return math.nan
+    return math.sqrt(found.gradient / found.weights)
+
+
+def explained_variance(start: Start) -> float:
+    """Share of variance that the first r directions of a module's inputs explain, over modules.
+
+    Reference: Paischer et al. 2024 (EVA, arXiv:2410.07170), which gives ranks to the modules and
+    directions of the largest shares.
+
+    Args:
+        start: the set.
+
+    Returns:
+        The sum; NaN where it was not measured.
+    """
+    return math.nan if start.baseline is None else start.baseline.explained
+
+
+def importance(start: Start) -> float:
+    """AdaLoRA's importance of weights, the mean of a module, summed over modules.
+
+    Reference: Zhang et al. 2023 (AdaLoRA, arXiv:2303.10512), equations 8 to 11; of W, as a LoRA's
+    own sensitivities vanish where B = 0, and before training, see `compute.baselines`.
+
+    Args:
+        start: the set.
+
+    Returns:
+        The sum; NaN where it was not measured.
+    """
+    return math.nan if start.baseline is None else start.baseline.importance
+
+
 # ---------------------------------------------------------------- all of them
 
 _UP, _DOWN = Expected.positive, Expected.negative
+_ENTRIES, _VALUES, _VECTORS = Reads.entries, Reads.eigenvalues, Reads.eigenvectors
 
 PREDICTORS: Mapping[Criterion, Predictor] = {
     # Rahimi Afzal et al. 2025: the smaller, the faster gradient descent and the surer the risk.
-    Criterion.condition_number: Predictor(lambda start: start.spectrum.raw, _DOWN),
-    Criterion.regularised: Predictor(lambda start: start.spectrum.regularised, _DOWN),
-    Criterion.top_over_median: Predictor(lambda start: start.spectrum.median, _DOWN),
-    Criterion.amgm_gap: Predictor(lambda start: start.spectrum.amgm_gap, _DOWN),
-    Criterion.effective_rank: Predictor(lambda start: start.spectrum.effective_rank, _UP),
-    Criterion.trace: Predictor(trace, _UP, is_monotone=True),
-    Criterion.log_det: Predictor(log_det, _UP, is_monotone=True, is_submodular=True),
-    Criterion.effective_dimension: Predictor(effective_dimension, _UP, is_monotone=True),
-    Criterion.alignment: Predictor(alignment, _UP, knows_labels=True),
-    Criterion.gradient_norm: Predictor(gradient_norm, _UP, knows_labels=True, is_monotone=True),
-    Criterion.complexity: Predictor(complexity, _DOWN, knows_labels=True, is_monotone=True),
-    Criterion.marginal_likelihood: Predictor(marginal_likelihood, _UP, knows_labels=True),
-    Criterion.loo_error: Predictor(loo_error, _DOWN, knows_labels=True),
-    Criterion.loo_accuracy: Predictor(loo_accuracy, _UP, knows_labels=True),
-    Criterion.size: Predictor(lambda start: start.size, _UP, is_monotone=True),
-    Criterion.num_parameters: Predictor(lambda start: start.num_parameters, _UP, is_monotone=True),
-    Criterion.random: Predictor(lambda start: start.draw, _UP),
+    Criterion.condition_number: Predictor(lambda start: start.spectrum.raw, _DOWN, _VALUES),
+    Criterion.regularised: Predictor(lambda start: start.spectrum.regularised, _DOWN, _VALUES),
+    Criterion.top_over_median: Predictor(lambda start: start.spectrum.median, _DOWN, _VALUES),
+    Criterion.amgm_gap: Predictor(lambda start: start.spectrum.amgm_gap, _DOWN, _VALUES),
+    Criterion.effective_rank: Predictor(lambda start: start.spectrum.effective_rank, _UP, _VALUES),
+    Criterion.trace: Predictor(trace, _UP, _ENTRIES, is_monotone=True),
+    Criterion.log_det: Predictor(log_det, _UP, _VALUES, is_monotone=True, is_submodular=True),
+    Criterion.effective_dimension: Predictor(effective_dimension, _UP, _VALUES, is_monotone=True),
+    Criterion.alignment: Predictor(alignment, _UP, _ENTRIES, knows_labels=True),
+    Criterion.gradient_norm: Predictor(
+        gradient_norm, _UP, _ENTRIES, knows_labels=True, is_monotone=True
+    ),
+    Criterion.complexity: Predictor(
+        complexity, _DOWN, _VECTORS, knows_labels=True, is_monotone=True
+    ),
+    Criterion.marginal_likelihood: Predictor(marginal_likelihood, _UP, _VECTORS, knows_labels=True),
+    Criterion.loo_error: Predictor(loo_error, _DOWN, _VECTORS, knows_labels=True),
+    Criterion.loo_accuracy: Predictor(loo_accuracy, _UP, _VECTORS, knows_labels=True),
+    Criterion.relative_gradient_norm: Predictor(
+        relative_gradient_norm, _UP, Reads.weights, knows_labels=True
+    ),
+    Criterion.explained_variance: Predictor(
+        explained_variance, _UP, Reads.weights, is_monotone=True
+    ),
+    Criterion.importance: Predictor(
+        importance, _UP, Reads.weights, knows_labels=True, is_monotone=True
+    ),
+    Criterion.size: Predictor(lambda start: start.size, _UP, Reads.counts, is_monotone=True),
+    Criterion.num_parameters: Predictor(
+        lambda start: start.num_parameters, _UP, Reads.counts, is_monotone=True
+    ),
+    Criterion.random: Predictor(lambda start: start.draw, _UP, Reads.counts),
 }
 """By criterion."""

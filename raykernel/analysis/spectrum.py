@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from raykernel.analysis.gram import Gram
 from raykernel.analysis.outputs import Outputs, choose_outputs, project, total
 from raykernel.errors import InputError
 
@@ -168,11 +167,20 @@ def spectrum(
     whole, relative = total(kernel, resolution)
     chosen = choose_outputs(outputs, whole.shape[1])
     gram, reached = project(whole, relative, outputs=chosen, centred=centred, floor=floor)
-    return read(gram, floor=reached, outputs=chosen, centred=centred, ridge=ridge, sigma=sigma)
+    return read(
+        gram.eigenvalues,
+        gram.kept,
+        floor=reached,
+        outputs=chosen,
+        centred=centred,
+        ridge=ridge,
+        sigma=sigma,
+    )
 
 
 def read(
-    gram: Gram,
+    eigenvalues: Float[np.ndarray, " m"],
+    kept: Bool[np.ndarray, " m"],
     *,
     floor: float,
     outputs: Outputs,
@@ -183,7 +191,8 @@ def read(
     """All readings of a spectrum.
 
     Args:
-        gram: the eigenbasis.
+        eigenvalues: ascending.
+        kept: those above the noise.
         floor: the eigenvalue that noise reaches.
         outputs: which outputs it is of.
         centred: whether it is centred.
@@ -193,25 +202,25 @@ def read(
     Returns:
         The readings.
     """
-    resolved = np.where(gram.kept, gram.eigenvalues, 0.0)
+    resolved = np.where(kept, eigenvalues, 0.0)
     size, top, bottom = resolved.size, float(resolved[-1]), float(resolved[0])
     mean = float(resolved.mean())
     absolute = ridge * mean if sigma is None else sigma
-    share = resolved[gram.kept] / (size * mean) if mean > 0 else np.zeros(0)
-    highest = bottom if gram.kept[0] else floor
-    smallest = float(resolved[gram.kept][0]) if gram.kept.any() else 0.0
+    share = resolved[kept] / (size * mean) if mean > 0 else np.zeros(0)
+    highest = bottom if kept[0] else floor
+    smallest = float(resolved[kept][0]) if kept.any() else 0.0
     shifted = resolved + absolute
     logarithms = np.log(shifted) if shifted[0] > 0 else np.full(size, -np.inf)
     return Spectrum(
-        eigenvalues=gram.eigenvalues,
+        eigenvalues=eigenvalues,
         floor=floor,
         sigma=absolute,
         outputs=outputs,
         centred=centred,
         size=size,
-        num_unresolved=gram.num_dropped,
+        num_unresolved=int((~kept).sum()),
         top=top,
-        bottom=bottom if gram.kept[0] else math.nan,
+        bottom=bottom if kept[0] else math.nan,
         mean=mean,
         raw=_ratio(top, bottom),
         at_least=_ratio(top, highest) if top > 0 else math.nan,
@@ -225,7 +234,7 @@ def read(
         stable_rank=1 / float(share.max()) if share.size else 0.0,
         participation=1 / float((share**2).sum()) if share.size else 0.0,
         effective_rank=math.exp(-float((share * np.log(share)).sum())) if share.size else 0.0,
-        effective_dimension=float((resolved[gram.kept] / shifted[gram.kept]).sum()),
+        effective_dimension=float((resolved[kept] / shifted[kept]).sum()),
     )
 
 

@@ -128,3 +128,26 @@ class LinearizedReceipt:
     """Largest memory of the worker so far: resident on a CPU, reserved on a GPU."""
     halved: int
     """Times that memory ran out and the worker's batches were halved, so far."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaselineSpec:
+    """The same to measure what people choose layers by today."""
+
+    worker: WorkerSpec
+    labels: tuple[int, ...]
+    """Of train, whose examples are the first."""
+
+    def modules(self) -> Callable[[tuple[str, ...]], BaselineReceipt]:
+        """In a worker's process: the function that measures modules."""
+        from raykernel.compute.baselines import Measurer
+
+        return Measurer(self).measure
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineReceipt:
+    """What is left to say about measured modules."""
+
+    num_modules: int
+    seconds: float

@@ -141,6 +141,27 @@ def check_parameters(
     Raises:
         InputError: if a name, a layer or an expression fits nothing, or nothing is left.
     """
+    varying_parameters(model, parameters, label_ids=label_ids, num_labels=num_labels)
+
+
+def varying_parameters(
+    model: ModelConfig, parameters: ParametersConfig, *, label_ids: tuple[int, ...], num_labels: int
+) -> list[str]:
+    """Names of the parameters that vary, found without the model's weights.
+
+    Args:
+        model: which model.
+        parameters: which parameters vary.
+        label_ids: token ids of the label words; () means no prompt, thus a linear head.
+        num_labels: number of logits.
+
+    Returns:
+        A shared parameter under each of its names; of a head around an encoder, `model.` is the
+        encoder's prefix.
+
+    Raises:
+        InputError: if a name, a layer or an expression fits nothing, or nothing is left.
+    """
     blank: Any = blank_model(model, has_prompt=bool(label_ids))
     with quiet(), torch.device("meta"):
         if label_ids:
@@ -148,6 +169,8 @@ def check_parameters(
         else:
             blank = Probed(blank, model.pooling, num_labels=num_labels)
         select_parameters(blank, parameters)
+    named = blank.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if parameter.requires_grad]
 
 
 def _load(

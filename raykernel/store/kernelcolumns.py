@@ -157,6 +157,25 @@ _SCORES = (
     number("marginal_likelihood", "Log evidence of a Gaussian process, per row."),
     number("loo_error", "Mean squared leave-one-out error of kernel ridge regression."),
     number("loo_accuracy", "Its accuracy; null: a single output."),
+    number(
+        "relative_gradient_norm", "Baseline: gradient norm over weight norm; null: not measured."
+    ),
+    number("explained_variance", "Baseline: EVA's, summed over modules; null: not measured."),
+    number("importance", "Baseline: sensitivity, summed over modules; null: not measured."),
+)
+
+_STABILITY = (
+    number("guarantee", "Part of the best's goodness that rank 1 surely has; 0: not known."),
+    integer("num_ranked", "Best choices that were ranked again."),
+    number("half_mean_rank", "Mean rank on random halves of train; null: not sampled, as below."),
+    integer("half_best_rank", "Best rank on random halves of train."),
+    integer("half_worst_rank", "Worst rank on random halves of train."),
+    number("half_first", "Share of the halves in which none is better."),
+    number("seed_mean_rank", "Mean rank over seeds of a LoRA's random A; null: not sampled."),
+    integer("seed_best_rank", "Best rank over seeds of a LoRA's random A."),
+    integer("seed_worst_rank", "Worst rank over seeds of a LoRA's random A."),
+    number("seed_first", "Share of the seeds in which none is better."),
+    flag("is_front_exact", "The front is of all choices within the budget; null: no front."),
 )
 
 SELECTIONS = (
@@ -165,7 +184,8 @@ SELECTIONS = (
     text("settings", "The configuration group select, as JSON."),
     number("ridge", "sigma over the mean eigenvalue of all candidates' kernel."),
     text("criterion", "What ranks the choices."),
-    integer("rank", "1: the best; null: all candidates together, for comparison."),
+    integer("rank", "1: the best; null: all candidates, for comparison, or of the front alone."),
+    integer("front", "Place on the Pareto front, best in the first objective first; null: none."),
     texts("candidates", "The choice."),
     integers("layers", "Transformer layers that it lies in."),
     texts("target_modules", "Whole paths of its modules in the plain model."),
@@ -176,6 +196,7 @@ SELECTIONS = (
     PARAMETERS,
     integer("num_scored", "Choices that the criterion has scored."),
     flag("is_exhaustive", "These are all within the budget."),
+    *_STABILITY,
     *SPECTRUM_ROWS,
     integer("num_features", "Rank at the most; null: not counted."),
     number("sigma", "Ridge of all choices, in units of the kernel."),

@@ -10,6 +10,7 @@
       linearized-<iiii>.arrow    J(x) (θ_FT − θ_PT) of a row block of test (linearized.py), in the
                                  kernel of fine-tuned weights, whose logits are at these
       head.arrow                 linear head, where there is one
+      baselines.arrow            what was measured of its modules' weights (baselines.py)
       rates.json, features.json, precision.json, projection.json, lora.json
                                  what the first worker measured or counted, see `pin`
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from raykernel.errors import BlockCorruptError, InputError
 from raykernel.store import manifest
 from raykernel.store.arrowfile import damage, read, read_header
+from raykernel.store.baselines import NAME as BASELINES
+from raykernel.store.baselines import check_baselines
 from raykernel.store.blockfile import Names
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import stale_temporaries
@@ -193,6 +195,8 @@ def _check_prediction(handle: KernelHandle, file: Path, i: int) -> None:
 def _check_other(handle: KernelHandle, file: Path) -> None:
     if file.name == "head.arrow":
         read(file, check=True)
+    elif file.name == BASELINES:
+        check_baselines(handle)
     elif file.suffix == ".json" and file.stem in PINNED:
         handle.read_pinned(file.stem)
     elif file.name != manifest.NAME:

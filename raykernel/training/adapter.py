@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from raykernel.config import ModelConfig, ParametersConfig
+from raykernel.names import ends_in
+from raykernel.problem.parameters import layer_index
 from raykernel.problem.readout import Probed
+from raykernel.problem.skeleton import blank_model
 from raykernel.store.commit import commit, make_folder
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
 _OWN = re.compile(r"\.(\w+)\.default(?=\.|$)")
 """An adapter's parameters: PEFT keeps them under the adapter's name."""
@@ -63,17 +66,44 @@ def write_adapter_config(
     *,
     model: ModelConfig,
     parameters: ParametersConfig,
+    has_prompt: bool,
 ) -> None:
     """Commit `adapter_config.json`, from which PEFT makes the LoRA of chosen layers.
+
+    Where names of modules and indices of layers say the same as whole paths, it has these
+    (`target_modules`, `layers_to_transform`), as a person would write it.
 
     Args:
         folder: where; made if it is not there.
         targets: the linear layers by their whole paths in the plain model.
         model: what the base is called.
         parameters: rank and scale.
+        has_prompt: whether the plain model is a language model, or the encoder alone.
     """
+    from peft.tuners.tuners_utils import check_target_module_exists  # takes a second
+
     make_folder(folder)
-    _commit_config(folder, _lora(targets, parameters), model=model, is_trained=False)
+    config, short = _lora(targets, parameters), _lora(targets, parameters)
+    every = [path for path, _ in blank_model(model, has_prompt=has_prompt).named_modules()]
+    short.target_modules, short.layers_to_transform = _names_and_layers(targets, every)
+    if {path for path in every if check_target_module_exists(short, path)} == set(targets):
+        config = short
+    _commit_config(folder, config, model=model, is_trained=False)
+
+
+def _names_and_layers(
+    paths: Collection[str], every: Collection[str]
+) -> tuple[list[str], list[int]]:
+    """The ends of some paths that no other module of their layers has, and the layers."""
+    layers = {layer_index(path) for path in paths}
+    others = [path for path in every if layer_index(path) in layers and path not in paths]
+    names = set()
+    for path in paths:
+        parts = path.split(f".{layer_index(path)}.", 1)[-1].split(".")
+        ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        own = (end for end in ends if not any(ends_in(other, end) for other in others))
+        names.add(next(own, ends[-1]))
+    return sorted(names), sorted(layer for layer in layers if layer is not None)
 
 
 def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> PeftConfig:
@@ -93,7 +123,7 @@ def _config(module: nn.Module, parameters: ParametersConfig, prefix: str) -> Pef
     )
 
 
-def _lora(targets: Mapping[str, nn.Module], parameters: ParametersConfig) -> PeftConfig:
+def _lora(targets: Mapping[str, nn.Module], parameters: ParametersConfig) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(

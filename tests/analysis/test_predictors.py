@@ -11,8 +11,9 @@ from scipy.stats import multivariate_normal
 
 from raykernel.analysis.correlation import Expected
 from raykernel.analysis.leave_one_out import leave_one_out
-from raykernel.analysis.predictors import EVIDENCE_RIDGES, PREDICTORS, Start
+from raykernel.analysis.predictors import EVIDENCE_RIDGES, PREDICTORS, Reads
 from raykernel.analysis.spectrum import spectrum
+from raykernel.analysis.start import Baseline, Start
 from raykernel.analysis.targets import one_hot
 from raykernel.errors import InputError
 from raykernel.terms import Criterion
@@ -21,7 +22,14 @@ from tests.analysis.problems import draw
 
 def start_of(c: int = 3, n: int = 6, p: int = 40, seed: int = 0, **changes: object) -> Start:
     drawn = draw(n=n, c=c, p=p, seed=seed)
-    start = Start(drawn.k_tt, one_hot(drawn.labels, c), drawn.f0, sigma=7.0, ridge=0.01)
+    start = Start(
+        (drawn.k_tt,),
+        one_hot(drawn.labels, c),
+        drawn.f0,
+        sigma=7.0,
+        ridge=0.01,
+        baseline=Baseline(gradient=4.0, weights=25.0, explained=1.5, importance=0.25),
+    )
     return replace(start, **changes)  # type: ignore[arg-type]
 
 
@@ -38,6 +46,9 @@ def matrix_and_rest(start: Start) -> tuple[np.ndarray, np.ndarray]:
 
 def score(criterion: Criterion, start: Start) -> float:
     return PREDICTORS[criterion].score(start)
+
+
+OF_WEIGHTS = {criterion for criterion, one in PREDICTORS.items() if one.reads is Reads.weights}
 
 
 def test_every_criterion_has_a_predictor() -> None:
@@ -65,6 +76,9 @@ def test_scores_are_their_formulas(c: int) -> None:
         Criterion.effective_dimension: np.trace(k @ np.linalg.inv(k + 7.0 * eye)),
         Criterion.gradient_norm: math.sqrt(r @ k @ r),
         Criterion.complexity: r @ np.linalg.solve(k + 7.0 * eye, r),
+        Criterion.relative_gradient_norm: 2 / 5,
+        Criterion.explained_variance: 1.5,
+        Criterion.importance: 0.25,
     }
     for criterion, value in expected.items():
         assert score(criterion, start) == pytest.approx(value, rel=1e-9), criterion
@@ -110,8 +124,8 @@ def test_a_kernel_of_the_labels_is_aligned_with_them_and_a_shared_gradient_chang
 ):
     start = start_of(2)
     perfect = np.einsum("ia,jb->iajb", start.targets, start.targets)
-    assert score(Criterion.alignment, replace(start, kernel=perfect)) == pytest.approx(1)
-    shared = replace(start, kernel=perfect + np.eye(2)[None, :, None, :])
+    assert score(Criterion.alignment, replace(start, kernels=(perfect,))) == pytest.approx(1)
+    shared = replace(start, kernels=(perfect, np.eye(2)[None, :, None, :] + 0 * perfect))
     assert score(Criterion.alignment, shared) == pytest.approx(1)
     none = replace(start, targets=np.eye(2)[np.zeros(6, dtype=int)])
     assert math.isnan(score(Criterion.alignment, none))
@@ -143,8 +157,11 @@ def test_what_every_added_layer_betters_is_monotone_and_nothing_else() -> None:
         start = start_of(2, n=5, seed=seed)
         j = rng.normal(size=(2, 5, 2, 3)) * rng.choice([0.1, 1.0, 5.0], size=(2, 1, 1, 1))
         blocks = np.einsum("liap,ljbp->liajb", j, j)
-        before = replace(start, kernel=start.kernel + blocks[0])
-        after = replace(before, kernel=before.kernel + blocks[1], size=2, num_parameters=1)
+        before = replace(start, kernels=(*start.kernels, blocks[0]))
+        own = Baseline(*rng.uniform(0, 3, 4))
+        after = replace(before, kernels=(*before.kernels, blocks[1]), size=2, num_parameters=1)
+        assert before.baseline is not None
+        after = replace(after, baseline=before.baseline + own)
         for criterion, predictor in PREDICTORS.items():
             if predictor.goodness(after) < predictor.goodness(before) - 1e-9:
                 broken[criterion] = True
@@ -162,14 +179,14 @@ def test_only_log_det_is_submodular_and_it_is() -> None:
         start = start_of(2, n=4, seed=seed)
 
         def value(kernel: np.ndarray, start: Start = start) -> float:
-            return score(Criterion.log_det, replace(start, kernel=kernel))
+            return score(Criterion.log_det, replace(start, kernels=(kernel,)))
 
         assert value(a + c) - value(a) >= value(a + b + c) - value(a + b) - 1e-9
 
 
 def test_scale_does_not_count_where_the_ridge_is_relative() -> None:
     start = start_of(3)
-    larger = replace(start, kernel=100 * start.kernel)
+    larger = replace(start, kernels=(100 * start.kernel,))
     same = {
         criterion
         for criterion in PREDICTORS
@@ -193,7 +210,7 @@ def test_labels_enter_where_it_is_said() -> None:
         for criterion in PREDICTORS
         if score(criterion, other) != pytest.approx(score(criterion, start), rel=1e-9)
     }
-    knowing = {criterion for criterion, one in PREDICTORS.items() if one.knows_labels}
+    knowing = {c for c, one in PREDICTORS.items() if one.knows_labels} - OF_WEIGHTS
     # Alignment is the same for labels exchanged, as tᵀ K t is.
     assert moved == knowing - {Criterion.alignment}
 
@@ -208,14 +225,15 @@ def test_label_aware_predictors_tell_a_kernel_of_the_labels_from_one_of_noise() 
     margin = np.array([[1, -1], [-1, 1]]) / 2
     first, last = (
         Start(
-            np.einsum("ij,ab->iajb", basis @ np.diag(order) @ basis.T, margin),
+            (np.einsum("ij,ab->iajb", basis @ np.diag(order) @ basis.T, margin),),
             y,
             np.zeros((n, 2)),
             sigma=0.1,
         )
         for order in (values, values[::-1])
     )
-    for criterion, predictor in PREDICTORS.items():
+    for criterion in set(PREDICTORS) - OF_WEIGHTS:
+        predictor = PREDICTORS[criterion]
         good, bad = predictor.goodness(first), predictor.goodness(last)
         if predictor.knows_labels:
             assert good > bad, criterion
@@ -233,7 +251,7 @@ def test_noise_has_no_number_and_a_bound_of_the_norm_changes_none() -> None:
         bounded = replace(of, bound=3 * norm)
         for criterion in PREDICTORS:
             assert score(criterion, bounded) == pytest.approx(score(criterion, of), nan_ok=True)
-    dead = replace(start, kernel=np.zeros_like(start.kernel), resolution=1e-6)
+    dead = replace(start, kernels=(np.zeros_like(start.kernel),), resolution=1e-6)
     assert math.isnan(score(Criterion.loo_error, dead))
     assert math.isnan(score(Criterion.marginal_likelihood, dead))
 
@@ -248,6 +266,14 @@ def test_signs_are_those_of_the_theory() -> None:
         Criterion.complexity,
         Criterion.loo_error,
     }
+
+
+def test_what_was_not_measured_has_no_number() -> None:
+    bare = start_of(2, baseline=None)
+    for criterion, predictor in PREDICTORS.items():
+        assert math.isnan(predictor.score(bare)) == (criterion in OF_WEIGHTS), criterion
+    zero = start_of(2, baseline=Baseline(0.0, 0.0, 0.0, 0.0))
+    assert math.isnan(score(Criterion.relative_gradient_norm, zero))
 
 
 @pytest.mark.parametrize(
