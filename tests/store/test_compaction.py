@@ -158,17 +158,73 @@ for epoch in range(2):
 """
 
 
+OVERTAKEN = """
+import shutil, sys
+from pathlib import Path
+from raykernel.store.blocks import Store
+from raykernel.store.compaction import compact
+
+whole, place = map(Path, sys.argv[1:])
+left, root = 0, whole
+def overtake(event, arguments):
+    global left
+    if event in ("open", "os.scandir") and left and str(root) in str(arguments[0]):
+        left -= 1
+        if left == 0:
+            compact(root)
+sys.addaudithook(overtake)
+expected = Store(whole).results("curves"), Store(whole).rows("curves", trial="trial-3")
+number, overtaken = 0, True
+while overtaken:
+    number += 1
+    root = shutil.copytree(whole, place / str(number))
+    store = Store(root)
+    for read, wanted in zip(
+        (lambda: store.results("curves"), lambda: store.rows("curves", trial="trial-3")), expected
+    ):
+        left = number
+        assert read() == wanted, number
+        overtaken, left = left == 0, 0
+print(number)
+"""
+
+
+def test_a_reader_that_compaction_overtakes_at_any_instant_reads_everything(
+    store: Store, tmp_path: Path
+) -> None:
+    """All files are merged and deleted before each listing and each opening of a reader."""
+    command = [sys.executable, "-c", OVERTAKEN, str(store.path), str(tmp_path / "overtaken")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 4
+
+
+COMPACTOR = """
+import sys
+from pathlib import Path
+from raykernel.store.compaction import compact
+
+replaced = 0
+while not Path(sys.argv[2]).exists():
+    replaced += sum(table.num_files for table in compact(sys.argv[1]))
+print(replaced)
+"""
+
+
 def test_queries_beside_eight_writers_and_compaction_see_whole_answers(tmp_path: Path) -> None:
     """Every answer has all its rows, of one version, and what was seen once is never gone."""
     store = Store(tmp_path / "store")
     write_trial(store, "first", 0)
     command = [sys.executable, "-c", WRITER, str(store.path)]
     writers = [subprocess.Popen([*command, str(number)]) for number in range(8)]
+    stop = tmp_path / "stop"
+    compacting = [sys.executable, "-c", COMPACTOR, str(store.path), str(stop)]
+    compactor = subprocess.Popen(compacting, stdout=subprocess.PIPE, text=True)
     sql = (
         "SELECT trial, count(*) AS n, min(epoch) AS low, max(epoch) AS high FROM curves GROUP BY 1"
     )
     seen: dict[str, float] = {}
-    num_queries = num_compacted = 0
+    num_queries = 0
     while any(writer.poll() is None for writer in writers):
         found = {row["trial"]: row for row in query(sql, store.path).to_pylist()}
         assert {row["n"] for row in found.values()} == {NUM_POINTS}
@@ -178,11 +234,10 @@ def test_queries_beside_eight_writers_and_compaction_see_whole_answers(tmp_path:
         for trial, epoch in list(seen.items())[:3]:
             assert store.rows("curves", trial=trial)[0]["epoch"] >= epoch
         num_queries += 1
-        num_compacted += sum(table.num_files for table in compact(store.path))
+    stop.touch()
+    assert int(compactor.communicate()[0]) > 20
     assert [writer.returncode for writer in writers] == [0] * 8
     assert num_queries > 2
-    assert num_compacted > 0
-    compact(store.path)
     rows = store.results("trials").to_pylist()
     assert len(rows) == 49
     assert {row["lam"] for row in rows if row["trial"] != "first"} == {1.0}
