@@ -34,7 +34,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from raykernel.config import SweepConfig, require
 from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.space import Axis, Plan
-from raykernel.store.results import TABLES
+from raykernel.store.tables import TABLES
 from raykernel.study import Arm, Row
 from raykernel.terms import Command, Direction, Stopping
 

@@ -27,6 +27,7 @@ from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, stor
 from raykernel.search import Search, check_settings
 from raykernel.space import Plan, Point, check, is_harmless, make_plan, spelt
 from raykernel.store.blocks import Store
+from raykernel.store.compaction import compact
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.summary import best_choices
 from raykernel.terms import Command, EngineName, PromptStyle, RunStatus
@@ -256,6 +257,8 @@ def run_study(plan: Plan, screen: Screen) -> list[Done]:
                 runs = [make_run(plan.study.name, point) for point in points]
                 ended = complete_runs(runs, engine, runner, heard)
             found += [Done(one, rows_of(one)) for one in ended]
+    if any(not done.ended.was_stored for done in found):
+        compact(plan.store_path())  # queries read one file a table
     return found
 
 

@@ -15,7 +15,8 @@ from raykernel.commands import read_rows
 from raykernel.errors import InputError
 from raykernel.space import keeps_setting, make_plan
 from raykernel.store.blocks import Store
-from raykernel.store.results import TABLES, to_json
+from raykernel.store.results import to_json
+from raykernel.store.tables import TABLES
 from raykernel.study import Row, Study
 
 _BY_TRIAL = ("trials", "curves", "bounds")
