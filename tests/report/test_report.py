@@ -132,7 +132,7 @@ def test_the_data_of_a_figure_are_the_answer_to_the_sql_that_it_names(made):
         "pareto", "history", "cost",
     }  # fmt: skip
     for chart in charts:
-        answer = query(made.store.path, chart.made)
+        answer = query(chart.made, made.store.path)
         assert chart.data.num_rows == answer.num_rows
         assert sorted(map(str, chart.data.to_pylist())) == sorted(map(str, answer.to_pylist()))
 
