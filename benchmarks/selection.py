@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from benchmarks.tables import Table
@@ -30,16 +32,16 @@ CASES = {
 def selection_table(rounds: int, say: Say) -> Table:
     """Seconds of exhaustive and greedy searches over kernels of 64 rows."""
     drawn = {count: groups(count) for count in {case[0] for case in CASES.values()}}
-    found: dict[str, Ranking] = {}
 
-    def run(name: str) -> None:
+    def run(name: str) -> Ranking:
         count, criterion, budget = CASES[name]
-        found[name] = search(drawn[count], PREDICTORS[criterion], budget)
+        return search(drawn[count], PREDICTORS[criterion], budget)
 
-    timings = measure({name: lambda name=name: run(name) for name in CASES}, rounds, say=say)
+    prepare = {name: partial(partial, run, name) for name in CASES}
+    timings = measure(prepare, rounds, say=say)
     table = Table(f"Search over kernels of {ROWS} rows", ["", "seconds", "sets scored", "ms a set"])
     for name, timing in timings.items():
-        scored = found[name].num_scored
+        scored = timing.result.num_scored
         each = 1000 * timing.seconds / scored
         table.add(name, f"{timing.seconds:.2f}", f"{scored:,}", f"{each:.2f}")
     table.note(f"On {num_threads()} threads; without the time of the blocks, which are stored.")

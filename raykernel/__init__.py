@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from raykernel.analysis.spectrum import spectrum
     from raykernel.ntk.empirical import empirical_kernel
     from raykernel.store.blocks import open_store
+    from raykernel.store.query import query
 
 __all__ = [
     "adapter_kernels",
     "empirical_kernel",
     "open_store",
+    "query",
     "select_layers",
     "solve_asymmetric",
     "solve_logistic",
@@ -44,6 +46,7 @@ _HOMES = {
     "adapter_kernels": "raykernel.adapters",
     "empirical_kernel": "raykernel.ntk.empirical",
     "open_store": "raykernel.store.blocks",
+    "query": "raykernel.store.query",
     "select_layers": "raykernel.analysis.layer_choice",
     "solve_asymmetric": "raykernel.analysis.asymmetric",
     "solve_logistic": "raykernel.analysis.logistic",

@@ -5,7 +5,6 @@ Commands that run something take Hydra overrides (compose.py); the others take o
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -15,6 +14,15 @@ from typing import TYPE_CHECKING
 
 from raykernel.errors import InputError, RaykernelError, nearest
 from raykernel.terms import Command
+from raykernel.tools import (
+    completion_parser,
+    tool_compact,
+    tool_list,
+    tool_query,
+    tool_report,
+    tool_verify,
+    version,
+)
 
 if TYPE_CHECKING:
     from raykernel.compose import ComposedRun
@@ -32,8 +40,12 @@ ABOUT = {
     "finetune": "fine-tunes the same problem, keeps the parameters that are best on dev, prints "
     "and stores the results; training.twin=true compares with the linear model",
     "behavior": "fine-tunes, and says whether that behaves like its kernel",
+    "show": "the composed configuration, what it names and where its data lie; computes nothing",
 }
 """The commands that take Hydra overrides, in the order of use."""
+
+
+_HELP = {"-h", "--help"}
 
 
 def _listed(name: str) -> str:
@@ -54,8 +66,15 @@ many runs, one table:
   sweep     runs a study, such as a table of the paper; alone it lists all
 
 commands over a store (try --help):
-  query     SQL over the result store
+  query     SQL over the result store: best, cost and others by name, --schema
+  compact   merges result files, so that queries are quick; studies do it themselves
   verify    checks every checksum and manifest of a store
+  report    one page of HTML with figures: of a study, or of the whole store
+
+what there is:
+  list      tasks, models, sweeps, experiments or criteria
+  completion
+            bash, zsh or fish: the script that completes all of this at Tab
 
 start here:
   raykernel kernel experiment=quickstart
@@ -120,17 +139,6 @@ def interrupt(signum: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def version() -> str:
-    """Version of raykernel, as installed."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("raykernel")
-    except PackageNotFoundError:
-        return "(a checkout that is not installed)"
-
-
 def run_all(command: str, arguments: list[str]) -> int:
     """Compose the configurations of a command line and run each; one failure stops no other.
 
@@ -147,9 +155,12 @@ def run_all(command: str, arguments: list[str]) -> int:
     from raykernel.compose import compose_runs
     from raykernel.console import Screen, SharedScreen
 
-    if not {"-h", "--help"}.isdisjoint(arguments):
-        print(f"raykernel {command}: {ABOUT[command]}\n")  # and Hydra prints the rest
+    if not _HELP.isdisjoint(arguments):
+        show_help(command, arguments)
+        return 0
     runs = compose_runs(command, arguments)
+    if not runs:  # `--cfg job` has printed what it composed
+        return 0
     if len(runs) == 1:
         run_one(command, runs[0], Screen())
         return 0
@@ -162,6 +173,24 @@ def run_all(command: str, arguments: list[str]) -> int:
         screen.say(f"\n[{number}/{len(runs)}] {' '.join(run.overrides)}")
         run_one(command, run, screen)
     return 0
+
+
+def show_help(command: str, arguments: list[str]) -> None:
+    """Print what a command does and can be given, with the values of a command line.
+
+    Args:
+        command: a key of `ABOUT`.
+        arguments: Hydra overrides; wrong or incomplete ones are left out of account.
+    """
+    from raykernel.compose import compose_runs
+    from raykernel.helptext import help_text
+
+    overrides = [each for each in arguments if not each.startswith("-")]
+    try:
+        (run, *_) = compose_runs(command, overrides)
+    except InputError:
+        (run,) = compose_runs(command, [])
+    print(help_text(command, ABOUT[command], run.config), end="")
 
 
 def run_one(command: str, run: ComposedRun, screen: Screen) -> None:
@@ -180,45 +209,14 @@ def run_one(command: str, run: ComposedRun, screen: Screen) -> None:
         from raykernel.doctor import examine
 
         examine(run.config, screen)
+    elif command == "show":
+        from raykernel.shown import show_config
+
+        show_config(run.config, screen)
     else:
         from raykernel.commands import execute, show
 
         show(Command(command), execute(Command(command), run, screen), screen)
-
-
-def store_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--store`, by default the configured path."""
-    parser.add_argument(
-        "--store",
-        metavar="PATH",
-        default=None,
-        help="folder of the store (default: the configured store.path)",
-    )
-
-
-def store_path(given: str | None) -> str:
-    """The store that an option names, or the configured one."""
-    if given is not None:
-        return given
-    from omegaconf import OmegaConf
-
-    from raykernel.compose import conf_dir
-
-    return str(OmegaConf.load(conf_dir() / "store" / "local.yaml").path)
-
-
-def tool_query(arguments: list[str]) -> int:
-    """`raykernel query`."""
-    parser = argparse.ArgumentParser(prog="raykernel query", description="SQL over the store.")
-    parser.add_argument("sql", help='for example "select * from kernels"')
-    parser.add_argument("--format", choices=["table", "csv", "json"], default="table")
-    store_option(parser)
-    options = parser.parse_args(arguments)
-    from raykernel.store.format import Format, format_table
-    from raykernel.store.query import query
-
-    print(format_table(query(store_path(options.store), options.sql), Format[options.format]))
-    return 0
 
 
 def tool_sweep(arguments: list[str]) -> int:
@@ -229,27 +227,24 @@ def tool_sweep(arguments: list[str]) -> int:
     return sweep(arguments, SharedScreen())
 
 
-def tool_verify(arguments: list[str]) -> int:
-    """`raykernel verify`."""
-    parser = argparse.ArgumentParser(
-        prog="raykernel verify", description="Checks every checksum and manifest of a store."
-    )
-    parser.add_argument(
-        "--remove",
-        action="store_true",
-        help="remove what is bad, so that the next run recomputes it",
-    )
-    store_option(parser)
-    options = parser.parse_args(arguments)
-    from raykernel.store.verify import verify
+def tool_completion(arguments: list[str]) -> int:
+    """`raykernel completion`."""
+    options = completion_parser().parse_args(arguments)
+    from raykernel.completion import SCRIPTS, candidates
 
-    report = verify(store_path(options.store), remove=options.remove)
-    print(report.text())
-    return 0 if report.ok else 1
+    if options.shell == "words":
+        print("\n".join(candidates(options.line, list(ABOUT), list(TOOLS))))
+    else:
+        print(SCRIPTS[options.shell], end="")
+    return 0
 
 
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "sweep": tool_sweep,
     "query": tool_query,
+    "compact": tool_compact,
     "verify": tool_verify,
+    "report": tool_report,
+    "list": tool_list,
+    "completion": tool_completion,
 }

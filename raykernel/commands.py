@@ -149,6 +149,6 @@ def read_rows(store: Store, keys: Sequence[Key]) -> list[Row] | None:
 
 
 def _key(table: str, row: Row) -> Key:
-    from raykernel.store.results import TABLES
+    from raykernel.store.tables import TABLES
 
     return table, {name: row[name] for name in TABLES[table].key}

@@ -63,7 +63,7 @@ def conf_dir() -> Path:
 def compose_runs(command: str, arguments: list[str]) -> list[ComposedRun]:
     """The runs that a command line asks for: one, or with `-m` every combination.
 
-    `--help`, `--cfg job` and the like print and end the program, as Hydra users expect.
+    `--cfg job`, `--hydra-help` and the like print and end the program, as Hydra users expect.
 
     Args:
         command: name of the command, for messages.

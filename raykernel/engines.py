@@ -278,7 +278,9 @@ class PoolEngine:
                 for ended in lost(outcome.job, outcome.error):
                     heard(ended)
             else:
-                self._screen.say(f"Error: {outcome.error}")
+                self._screen.say(
+                    f"Error: {outcome.error}\n{outcome.error.__cause__ or ''}".rstrip()
+                )
 
 
 def lost(job: Job, error: RaykernelError) -> Iterator[Ended]:

@@ -182,18 +182,38 @@ def stored(run: Run, *, retry_failed: bool) -> Ended | None:
         None if it has to be run: never ended, its results are gone, or its failure was none of
         its own.
     """
+    ended = recalled(run)
+    if ended is None:
+        return None
+    if ended.status is RunStatus.failed:
+        own = ended.cause is not None and ended.cause.is_of_the_run
+        return ended if own and not retry_failed else None
+    gone = ended.status is RunStatus.ok and read_rows(store_of(run), ended.keys) is None
+    return None if gone else ended
+
+
+def recalled(run: Run) -> Ended | None:
+    """What the store says of a run.
+
+    Args:
+        run: which.
+
+    Returns:
+        How it ended; None if it never did.
+    """
     rows = store_of(run).rows("runs", study=run.study, run=run.id)
     if not rows:
         return None
     (row,) = rows
-    status = RunStatus(row["status"])
-    cause = None if row["cause"] is None else Cause(row["cause"])
-    if status is RunStatus.failed and (retry_failed or not (cause and cause.is_of_the_run)):
-        return None
-    keys = [(table, key) for table, key in json.loads(row["results"])]
-    if status is RunStatus.ok and read_rows(store_of(run), keys) is None:
-        return None
-    return Ended(run, status, cause, row["error"] or "", keys, row["seconds"], was_stored=True)
+    return Ended(
+        run,
+        RunStatus(row["status"]),
+        None if row["cause"] is None else Cause(row["cause"]),
+        row["error"] or "",
+        [(table, key) for table, key in json.loads(row["results"])],
+        row["seconds"],
+        was_stored=True,
+    )
 
 
 def rows_of(ended: Ended) -> list[Row]:

@@ -29,7 +29,7 @@ from raykernel.problem.skeleton import layer_linears
 from raykernel.ranked import KindSelection, rank
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
-from raykernel.store.results import result_path
+from raykernel.store.results import key_of
 from raykernel.terms import Criterion, Kind, Method, Projection, PromptStyle
 from raykernel.training.adapter import write_adapter_config
 
@@ -75,7 +75,7 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
         if not kind.is_symmetric:
             screen.note(f"{kind.value} is not symmetric and has no spectrum: left out.")
             continue
-        row = result_path(Path(config.store.path), "selections", result_key(prepared, kind))
+        key = key_of("selections", result_key(prepared, kind))
         one = rank(
             prepared,
             handle,
@@ -83,7 +83,7 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
             members,
             measured=measured,
             others=others,
-            adapter=row.with_suffix(""),
+            adapter=Path(config.store.path) / "selections" / f"selection-{key}",
             screen=screen,
         )
         best = [path for member in one.choices[0].members for path in member.modules]

@@ -17,8 +17,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 
-from raykernel.compose import ComposedRun, check_spelling, compose_point, explain, quote_null_prompt
-from raykernel.config import SweepConfig
+from raykernel.compose import (
+    ComposedRun,
+    check_spelling,
+    compose_point,
+    explain,
+    groups,
+    near_keys,
+    quote_null_prompt,
+    schema_keys,
+)
+from raykernel.config import RunConfig, SweepConfig
 from raykernel.errors import InputError
 from raykernel.study import Arm, Study
 from raykernel.terms import Command
@@ -65,7 +74,7 @@ class Axis:
             )
         return [self.override(value) for value in self.values]
 
-    def override(self, value: str | float) -> str:
+    def override(self, value: str | int | float) -> str:
         """The override of one value."""
         return f"{self.key}={value}"
 
@@ -179,7 +188,7 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
     """
     check_spelling(list(arguments))
     chosen = {axis.key: axis for axis in map(axis_of, arguments)}
-    compare = all(_keeps_setting(key) for key in chosen)
+    compare = all(keeps_setting(key) for key in chosen)
     if "experiment" in chosen:
         study, chosen = _as_demo(study, chosen)
     _check_keys(study, chosen)
@@ -291,6 +300,7 @@ def _check_keys(study: Study, chosen: Mapping[str, Axis]) -> None:
         InputError: for the first such key.
     """
     axes = {*study.space, *(key for arm in study.arms for key in arm.space)}
+    known = {*schema_keys(RunConfig), *groups(), *_open_keys(chosen)}
     for key, axis in chosen.items():
         for arm in study.arms:
             if key in arm.settings:
@@ -298,12 +308,21 @@ def _check_keys(study: Study, chosen: Mapping[str, Axis]) -> None:
                     f"{key}: {study.name} sets it to {arm.settings[key]} for its method "
                     f"{arm.name!r}. Drop it, or run `raykernel {arm.command.value}`."
                 )
+        if key not in known:
+            raise InputError(f"Unknown key {key!r}: {near_keys(key)}")
         if len(axis.values) != 1 and key not in axes:
             found = f"{len(axis.values)} values" if axis.values else "an interval"
             raise InputError(
                 f"{key}: found {found}, expected one, because {study.name} varies "
                 f"only {', '.join(sorted(axes))}."
             )
+
+
+def _open_keys(chosen: Mapping[str, Axis]) -> set[str]:
+    """Keys below a mapping of any content, such as `prompt.words.0`."""
+    known = schema_keys(RunConfig)
+    leaves = {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
+    return {key for key in chosen if key.rpartition(".")[0] in leaves}
 
 
 def _axes(space: Mapping[str, str], chosen: Mapping[str, Axis]) -> dict[str, Axis]:
@@ -319,5 +338,6 @@ def is_harmless(key: str) -> bool:
     return key in _HARMLESS or key.split(".")[0] in _HARMLESS
 
 
-def _keeps_setting(key: str) -> bool:
+def keeps_setting(key: str) -> bool:
+    """Whether the setting is the paper's whatever value a key has."""
     return key in _COMPARED or is_harmless(key)

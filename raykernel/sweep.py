@@ -23,13 +23,15 @@ from raykernel.console import Screen, counted, duration
 from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel
 from raykernel.errors import InputError, nearest
 from raykernel.published import sweeps_dir
-from raykernel.runs import Ended, Run, Runner, make_run, rows_of, stored
+from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, stored
 from raykernel.search import Search, check_settings
 from raykernel.space import Plan, Point, check, is_harmless, make_plan, spelt
 from raykernel.store.blocks import Store
+from raykernel.store.compaction import compact
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.summary import best_choices
 from raykernel.terms import Command, EngineName, PromptStyle, RunStatus
+from raykernel.trackers import open_trackers, tells
 
 USER_FOLDER = Path("sweeps")
 """A user's own studies, below the working folder."""
@@ -234,17 +236,29 @@ def run_study(plan: Plan, screen: Screen) -> list[Done]:
     settings = plan.settings()
     Store(plan.store_path()).create()  # before a journal is there, which is no store
     tally = Tally(plan.count(settings), settings.workers, screen)
+    trackers = open_trackers(settings.trackers, plan.store_path())
     runner = make_runner(settings, screen)
+
+    def heard(ended: Ended) -> None:
+        tally.heard(ended)
+        for tracker in trackers if tells(ended) else ():
+            try:
+                tracker.heard(ended, rows_of(ended))
+            except Exception as error:  # whatever another program raises: the store has the run
+                screen.note(f"{type(tracker).__name__}: {type(error).__name__}: {error}")
+
     found: list[Done] = []
     with open_engine(settings, screen, tally.begin) as engine:
         for arm in plan.study.arms:
             if plan.is_searched(arm, settings):
-                ended = search_arm(plan, arm, engine, runner, tally.heard)
+                ended = search_arm(plan, arm, engine, runner, heard)
             else:
                 points = arm_points(plan, arm, found)
                 runs = [make_run(plan.study.name, point) for point in points]
-                ended = complete_runs(runs, engine, runner, tally.heard)
+                ended = complete_runs(runs, engine, runner, heard)
             found += [Done(one, rows_of(one)) for one in ended]
+    if any(not done.ended.was_stored for done in found):
+        compact(plan.store_path())  # queries read one file a table
     return found
 
 
@@ -345,7 +359,7 @@ def make_searcher(
     question = [arm.command.value, asked, cells, spelt(axes), settings.metrics]
     directions = [direction.value for direction in settings.directions]
     search = Search(
-        journal=plan.store_path() / "sweeps" / f"{name}.journal",
+        journal=plan.store_path().resolve() / "sweeps" / f"{name}.journal",
         name=f"{name}, {arm.name}, {fingerprint([*question, directions])}",
         axes=axes,
         sampler=settings.sampler,
@@ -360,7 +374,7 @@ def make_searcher(
 def _ended(searcher: Searcher) -> list[Ended]:
     """Runs of all choices that were tried; each once."""
     tried = [run for choice in searcher.search.choices() for run in searcher.runs(choice)]
-    found = (stored(run, retry_failed=False) for run in {run.id: run for run in tried}.values())
+    found = map(recalled, {run.id: run for run in tried}.values())
     return [ended for ended in found if ended is not None]
 
 

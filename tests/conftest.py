@@ -1,5 +1,7 @@
 """Every signature of raykernel is checked at run time, in the tests' own process."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny.write_reviews(tmp_path / "reviews.tsv")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def ray_instance() -> Iterator[None]:
+    """Ray on this machine, with room for the actors of `ray_run` and of another executor."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: no token in $HOME
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+    )
+    yield
+    ray.shutdown()

@@ -139,13 +139,13 @@ def test_every_table_of_a_real_run_can_be_asked(model: Path, here: Path) -> None
     """Labels are there by name, and predictions beside them give the stored accuracy."""
     run(model)
     for name in TABLES:
-        query("store", f"SELECT * FROM {name}")
+        query(f"SELECT * FROM {name}", "store")
     of_split = "SELECT split, label, count(*) FROM examples GROUP BY ALL ORDER BY ALL"
-    found = [tuple(row.values()) for row in query("store", of_split).to_pylist()]
+    found = [tuple(row.values()) for row in query(of_split, "store").to_pylist()]
     assert [count for split, _, count in found if split in ("train", "dev")] == [3, 3, 3, 3]
     assert {label for _, label, _ in found} == {"negative", "positive"}
     joined = "SELECT fitted, label FROM predictions JOIN examples USING (fingerprint, example)"
-    pairs = query("store", joined).to_pylist()
+    pairs = query(joined, "store").to_pylist()
     assert len(pairs) == 7
     assert {pair["label"] for pair in pairs} <= {"negative", "positive"}
 

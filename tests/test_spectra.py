@@ -24,6 +24,7 @@ from raykernel.spectra import Spectra, measure, measure_one, spectra
 from raykernel.spectrum_table import show_spectra
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
+from raykernel.store.results import table_files
 from raykernel.store.verify import verify
 from raykernel.terms import Kind
 from tests import tiny
@@ -412,7 +413,7 @@ def test_layer_groups_that_are_alike_share_a_line(
 
 
 def test_a_damaged_row_is_named_and_removed(found: Spectra) -> None:
-    path = next(Path("store").glob("kernels/*/spectra-*.parquet"))
+    path = table_files(Path("store"), "spectra").answers[0]
     content = path.read_bytes()
     path.write_bytes(content[:-20])
     try:

@@ -26,6 +26,7 @@ from raykernel.problem.batches import collate
 from raykernel.problem.probe import Head
 from raykernel.store.blocks import Store
 from raykernel.store.query import query
+from raykernel.store.results import table_files
 from raykernel.store.verify import verify
 from raykernel.terms import Split
 from raykernel.training.room import held_bytes, pass_bytes
@@ -58,6 +59,10 @@ def run(model: Path, **changes: str | None) -> TrialOutcome:
     return run_trial(config_of(model, **changes), (), Screen())
 
 
+def stored_files(store: Path) -> dict[Path, int]:
+    return {path: path.stat().st_ino for path in store.rglob("*") if path.is_file()}
+
+
 def test_a_trial_is_printed_stored_and_never_run_twice(model, here, capsys):
     assert main(["finetune", *arguments(model)]) == 0
     first = capsys.readouterr()
@@ -65,23 +70,20 @@ def test_a_trial_is_printed_stored_and_never_run_twice(model, here, capsys):
     assert "fine-tuning (sgd, full)" in first.out
     assert "step 8 of 8" in first.err
     (folder,) = (here / "store" / "trials").iterdir()
-    files = {path.name: path.stat().st_ino for path in folder.iterdir()}
-    assert sorted(name.partition("-")[0] for name in files) == [
-        "best.safetensors",
-        "curve",
-        "trial",
-    ]
-    assert {path.stat().st_mode & 0o044 for path in folder.iterdir()} == {0o044}
+    files = stored_files(here / "store")
+    assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors"]
+    assert sorted(p.parent.name for p in files if p.suffix == ".arrow") == ["curves", "trials"]
+    assert {path.stat().st_mode & 0o044 for path in files} == {0o044}
     (folder / "checkpoint.safetensors").write_bytes(b"of a run that was killed at its very end")
     assert main(["finetune", *arguments(model)]) == 0
     second = capsys.readouterr()
     assert "0 steps done now" in second.out
     assert "step 8" not in second.err
     assert second.out.splitlines()[:6] == first.out.splitlines()[:6]
-    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == files
+    assert stored_files(here / "store") == files
 
-    (row,) = query("store", "select * from trials").to_pylist()
-    curve = query("store", "select curves.* from trials join curves using (trial)").to_pylist()
+    (row,) = query("select * from trials", "store").to_pylist()
+    curve = query("select curves.* from trials join curves using (trial)", "store").to_pylist()
     assert row["trial"] == folder.name
     assert (row["optimizer"], row["learning_rate"], row["best_step"] > 0) == ("sgd", 0.1, True)
     assert f"{row['finetuned']:.3f}" in first.out
@@ -213,7 +215,7 @@ def test_a_pulled_trial_is_stored_with_the_ridge_that_it_amounts_to(
     assert main(["finetune", *arguments(model, **changes)]) == 0
     assert f"fine-tuning (sgd, full, coupled, λ = 3, σ = {sigma:g})" in capsys.readouterr().out
     columns = "regularization, lam, convention, sigma"
-    (row,) = query("store", f"select {columns} from trials").to_pylist()
+    (row,) = query(f"select {columns} from trials", "store").to_pylist()
     expected = {"regularization": "coupled", "lam": 3.0, "convention": convention, "sigma": sigma}
     assert row == expected
 
@@ -302,7 +304,7 @@ def test_damaged_files_of_a_trial_are_found_removed_and_made_again(model, here):
 
 def test_a_damaged_checkpoint_is_dropped(model, here, capsys):
     outcome = run(model)
-    for path in outcome.files.path.glob("trial-*"):
+    for path in table_files(Path("store"), "trials").answers:
         path.unlink()
     outcome.files.checkpoint.write_bytes(b"\x00" * 100)
     assert run(model).curve == outcome.curve

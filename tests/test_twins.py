@@ -257,8 +257,7 @@ def test_a_twin_is_printed_stored_and_never_run_twice(model, here, capsys):
     assert plain.files.weights.read_bytes() == before
     names = sorted(path.name.partition("-")[0] for path in plain.files.path.iterdir())
     assert names == [
-        "best.safetensors", "bounds", "curve", "last.safetensors", "trial", "twin.safetensors",
-        "twins",
+        "best.safetensors", "last.safetensors", "twin.safetensors",
     ]  # fmt: skip
     written = {path: path.stat().st_mtime_ns for path in plain.files.path.iterdir()}
     plain.files.twin_checkpoint.write_bytes(b"of a run that was killed at its very end")
@@ -272,10 +271,10 @@ def test_a_twin_is_printed_stored_and_never_run_twice(model, here, capsys):
     assert tables[0] == tables[1] != ""
     assert {path: path.stat().st_mtime_ns for path in plain.files.path.iterdir()} == written
     rows = query(
-        "store", "select * from twins join trials using (trial) order by split"
+        "select * from twins join trials using (trial) order by split", "store"
     ).to_pylist()
     assert [row["split"] for row in rows] == ["dev", "test", "train"]
-    assert query("store", "select count(*) as n from bounds").to_pylist() == [{"n": 6}]
+    assert query("select count(*) as n from bounds", "store").to_pylist() == [{"n": 6}]
     assert main(["verify", "--store", "store"]) == 0
 
 
@@ -290,8 +289,9 @@ def test_damaged_parameters_are_found(model, here):
 
 def test_parameters_are_kept_only_if_they_are_to_be(model, here):
     outcome = run(model, **{"training.keep_weights": "false"})
-    names = {path.name.partition("-")[0] for path in outcome.trial.files.path.iterdir()}
-    assert names == {"bounds", "curve", "trial", "twins"}
+    assert not list(outcome.trial.files.path.iterdir())
+    tables = {path.name for path in Path("store/results").iterdir()}
+    assert tables == {"bounds", "curves", "trials", "twins"}
     assert run(model, **{"training.keep_weights": "false"}).was_stored
 
 

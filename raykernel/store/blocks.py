@@ -4,6 +4,8 @@
       raykernel.json            marker: {"format": 1}
       kernels/<fingerprint>/    see kernels.py
       trials/<trial>/           see trials.py
+      selections/<choice>/      adapter_config.json of a choice of layers
+      results/<table>/          rows of all of these, see results.py
 
 Nothing is created before something is written: looking at a store that is not there finds an
 empty one.
@@ -223,7 +225,7 @@ class Store:
 
     def trials(self) -> list[str]:
         """Names of the fine-tuning runs that ended."""
-        return sorted(path.parent.name for path in results.result_files(self.path, "trials"))
+        return sorted(self.results("trials")["trial"].to_pylist())
 
     # ------------------------------------------------------------ results
 
@@ -239,7 +241,7 @@ class Store:
 
     def has_result(self, table: str, row: dict[str, object]) -> bool:
         """Whether a row with the same key is stored."""
-        return results.result_path(self.path, table, row).exists()
+        return bool(results.read_key(self.path, table, row))
 
     def rows(self, table: str, **key: object) -> list[dict[str, Any]]:
         """Rows of one key of a result table, see `results.read_key`."""

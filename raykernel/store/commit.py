@@ -106,6 +106,19 @@ def commit_written(path: Path, write: Callable[[Path], None], *, num_bytes: int)
     return written
 
 
+def sync_folder(path: Path) -> None:
+    """Have the device keep the names in a folder, as `commit` alone does not.
+
+    Args:
+        path: the folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents unless they exist.
 

@@ -1,4 +1,4 @@
-"""A table as text: for eyes (table), spreadsheets (csv) and programs (json)."""
+"""A table for eyes (table), spreadsheets (csv) and programs (json, parquet)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import csv
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,29 @@ class Format(Enum):
     table = "table"
     csv = "csv"
     json = "json"
+    parquet = "parquet"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a terminal can show it."""
+        return self is not Format.parquet
+
+
+def format_bytes(table: pa.Table, fmt: Format) -> bytes:
+    """Rows as the content of a file.
+
+    Args:
+        table: the rows.
+        fmt: as in `format_table`; parquet: with all types, nested ones too.
+
+    Returns:
+        The content.
+    """
+    if fmt.is_text:
+        return format_table(table, fmt).encode()
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
 
 
 def format_table(table: pa.Table, fmt: Format = Format.table, *, width: int | None = None) -> str:
@@ -28,8 +52,8 @@ def format_table(table: pa.Table, fmt: Format = Format.table, *, width: int | No
 
     Args:
         table: the rows.
-        fmt: table: aligned columns, numbers to four digits; csv: RFC 4180 quoting, all digits;
-            json: a list of objects, NaN as null, infinities as text.
+        fmt: of text. table: aligned columns, numbers to four digits; csv: RFC 4180 quoting, all
+            digits; json: a list of objects, NaN as null, infinities as text.
         width: columns of the terminal (table only); None: as wide as the rows need.
 
     Returns:

@@ -13,8 +13,6 @@
       baselines.arrow            what was measured of its modules' weights (baselines.py)
       rates.json, features.json, precision.json, projection.json, lora.json
                                  what the first worker measured or counted, see `pin`
-      result-<key>.parquet, spectra-<key>.parquet
-                                 result rows (results.py)
 
 Shapes: `n` row examples, `m` column examples, `c` outputs, `d` hidden units.
 A block written twice holds the same numbers, so nobody locks and nobody waits.
@@ -27,12 +25,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from raykernel.errors import BlockCorruptError, InputError, KernelIncompleteError, nearest
 from raykernel.store import arrowfile
 from raykernel.store.blockfile import Names, block_name, logits_name
+from raykernel.store.columns import schema_of
 from raykernel.store.groups import select_groups
+from raykernel.store.kernelcolumns import ENTRIES
 from raykernel.store.kernelfiles import KernelFiles
 from raykernel.store.pieces import Place, entries, place
 from raykernel.terms import Kind
@@ -148,6 +149,43 @@ class KernelHandle(KernelFiles):
             for at, blocks in pieces:
                 result[at] = blocks[stored.index(name)]
             yield name, result
+
+    def table(
+        self,
+        groups: Sequence[str] | None = None,
+        *,
+        kind: str = "sgd",
+        rows: range | None = None,
+        cols: range | None = None,
+        layers_to_transform: Sequence[int] | None = None,
+        target_modules: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """The kernel of chosen layer groups as a table with a row per entry.
+
+        Args:
+            groups: as in `kernel`, as the others.
+            kind: kind of kernel.
+            rows: consecutive row examples; None: all.
+            cols: consecutive column (train) examples; None: all.
+            layers_to_transform: transformer layers, as in PEFT.
+            target_modules: ends of module paths, as in PEFT.
+
+        Returns:
+            The columns of `kernelcolumns.ENTRIES`, the last index fastest.
+        """
+        rows, cols = self._rectangle(rows, cols)
+        values = self.kernel(
+            groups,
+            kind=kind,
+            rows=rows,
+            cols=cols,
+            layers_to_transform=layers_to_transform,
+            target_modules=target_modules,
+        )
+        row, row_output, col, col_output = np.indices(values.shape).reshape(4, -1)
+        columns = (row + rows.start, row_output, col + cols.start, col_output, values.reshape(-1))
+        kinds = pa.repeat(kind, values.size)
+        return pa.table([kinds, *map(pa.array, columns)], schema=schema_of(ENTRIES))
 
     # ------------------------------------------------------------ inside
 

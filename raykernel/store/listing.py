@@ -1,18 +1,4 @@
-"""The tables of a store that can be queried.
-
-kernels    a row per result: (kernel, kind, solver settings)
-blocks     a row per block file, from its header
-examples   a row per example of every kernel
-groups     a row per (kernel, kind, layer group), with the trace of K(train, train)
-predictions
-           a row per (kernel, solution, test example) that was predicted without its kernel
-trials     a row per fine-tuning run that ended
-curves     a row per (trial, evaluation)
-twins      a row per (trial, split): how far fine-tuning is from its linear models
-bounds     a row per (trial, bound) on that
-behavior   a row per verdict: (kernel, fine-tuning run, solver settings, criteria)
-runs       a row per run of a study that ended, well or not
-"""
+"""The tables of a store that can be queried: those of results, and what the kernels' files hold."""
 
 from __future__ import annotations
 
@@ -24,80 +10,42 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raykernel.store import arrowfile, manifest
+from raykernel.store import arrowfile, kernelcolumns, manifest, tables
 from raykernel.store.blockfile import BLOCK_GLOB
 from raykernel.store.blocks import Store
+from raykernel.store.columns import Column, schema_of
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.predictions import PREDICTION_GLOB, solution_of
-from raykernel.store.results import TABLES as RESULT_TABLES
 
-_BLOCKS = pa.schema(
-    [
-        ("fingerprint", pa.string()),
-        ("task", pa.string()),
-        ("model", pa.string()),
-        ("i", pa.int64()),
-        ("j", pa.int64()),
-        ("row0", pa.int64()),
-        ("row1", pa.int64()),
-        ("col0", pa.int64()),
-        ("col1", pa.int64()),
-        ("num_groups", pa.int64()),
-        ("kinds", pa.list_(pa.string())),
-        ("dtype", pa.string()),
-        ("bytes", pa.int64()),
-        ("seconds", pa.float64()),
-        ("host", pa.string()),
-        ("peak_memory_bytes", pa.int64()),
-        ("created", pa.timestamp("us", tz="UTC")),
-    ]
-)
-_EXAMPLES = pa.schema(
-    [
-        ("fingerprint", pa.string()),
-        ("example", pa.int64()),
-        ("id", pa.string()),
-        ("split", pa.string()),
-        ("label", pa.string()),  # the label's name
-    ]
-)
-_GROUPS = pa.schema(
-    [
-        ("fingerprint", pa.string()),
-        ("kind", pa.string()),
-        ("layer_group", pa.string()),  # GROUP is a keyword of SQL
-        ("trace", pa.float64()),
-    ]
-)
-
-_PREDICTIONS = pa.schema(
-    [
-        ("fingerprint", pa.string()),
-        ("task", pa.string()),
-        ("model", pa.string()),
-        ("kind", pa.string()),
-        ("solved_by", pa.string()),
-        ("ridge", pa.float64()),
-        ("f0_scaling", pa.float64()),
-        ("gamma", pa.float64()),
-        ("c", pa.float64()),
-        ("num_groups", pa.int64()),
-        ("example", pa.int64()),
-        ("fitted", pa.list_(pa.float64())),  # K(x, train) α: the outputs without f0(x) / s
-    ]
+_BLOCKS, _EXAMPLES, _GROUPS, _PREDICTIONS = map(
+    schema_of,
+    (
+        kernelcolumns.BLOCKS,
+        kernelcolumns.EXAMPLES,
+        kernelcolumns.GROUPS,
+        kernelcolumns.PREDICTIONS,
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class Columns:
+    """What a table has."""
+
+    about: str
+    """What a row is."""
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing(Columns):
     """A table and how a store fills it."""
 
-    schema: pa.Schema
     rows: Callable[[Store], pa.Table]
 
     def empty(self) -> pa.Table:
         """The table without rows."""
-        return self.schema.empty_table()
+        return schema_of(self.columns).empty_table()
 
 
 def _blocks(store: Store) -> pa.Table:
@@ -183,21 +131,33 @@ def _handles(store: Store) -> Iterator[KernelHandle]:
         yield store.open(name)
 
 
+def _results(name: str) -> Listing:
+    table = tables.TABLES[name]
+    return Listing(table.about, table.columns, partial(Store.results, table=name))
+
+
 TABLES = {
-    "kernels": Listing(RESULT_TABLES["kernels"].schema, partial(Store.results, table="kernels")),
-    "blocks": Listing(_BLOCKS, _blocks),
-    "examples": Listing(_EXAMPLES, _examples),
-    "groups": Listing(_GROUPS, _groups),
-    "predictions": Listing(_PREDICTIONS, _predictions),
-    "trials": Listing(RESULT_TABLES["trials"].schema, partial(Store.results, table="trials")),
-    "curves": Listing(RESULT_TABLES["curves"].schema, partial(Store.results, table="curves")),
-    "twins": Listing(RESULT_TABLES["twins"].schema, partial(Store.results, table="twins")),
-    "bounds": Listing(RESULT_TABLES["bounds"].schema, partial(Store.results, table="bounds")),
-    "behavior": Listing(RESULT_TABLES["behavior"].schema, partial(Store.results, table="behavior")),
-    "runs": Listing(RESULT_TABLES["runs"].schema, partial(Store.results, table="runs")),
-    "spectra": Listing(RESULT_TABLES["spectra"].schema, partial(Store.results, table="spectra")),
-    "selections": Listing(
-        RESULT_TABLES["selections"].schema, partial(Store.results, table="selections")
+    "kernels": _results("kernels"),
+    "blocks": Listing("Blocks: one row per file.", kernelcolumns.BLOCKS, _blocks),
+    "examples": Listing(
+        "Examples: one row per kernel and example; a kernel may have further columns.",
+        kernelcolumns.EXAMPLES,
+        _examples,
     ),
+    "groups": Listing(
+        "Layer groups: one row per kernel, kind and group.", kernelcolumns.GROUPS, _groups
+    ),
+    "predictions": Listing(
+        "Predictions without a kernel: one row per solution and test example.",
+        kernelcolumns.PREDICTIONS,
+        _predictions,
+    ),
+    **{name: _results(name) for name in tables.TABLES if name != "kernels"},
 }
 """By name, as SQL knows them."""
+
+ENTRIES = Columns(
+    "Entries of the kernel of `--kernel`: one row per pair of examples and outputs.",
+    kernelcolumns.ENTRIES,
+)
+"""A table that is there only where a kernel is named, see `KernelHandle.table`."""

@@ -1,471 +1,64 @@
-"""Result rows: one small immutable Parquet file per row or curve, never half-written.
+"""Result rows: small immutable files, merged into larger ones by `compaction.compact`.
 
-A writer has a file name of its own, made of the row's key columns, so that writers need no lock
-and the same question answered again replaces its own answer. Files written before a column
-existed read as null there.
+    results/<table>/<key>-<version>-<xxh3>.arrow        one answer: the rows of one key
+    results/<table>/compacted/<version>-<xxh3>.parquet  answers of many keys
+
+A key is the hash of the row's key columns, xxh3 that of the file. One answer is an Arrow IPC file,
+which opens in a tenth of the time of a Parquet file; many are Parquet, which is far smaller.
+
+Nothing is ever rewritten: a question answered again gets another file, of a later version, and the
+latest version of a key is its answer, wherever it lies. So writers need no lock, and neither do
+readers: what compaction deletes it has put into another file before, and a reader whose file is
+gone looks again. Versions are the writers' clocks.
+
+Rows last as long as the folder that they are of: who removes `trials/<trial>` removes its result.
+Files written before a column existed read as null there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+import os
+import re
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 
 from raykernel.config import fingerprint
-from raykernel.errors import BlockCorruptError, InputError, nearest
-from raykernel.store.commit import commit, make_folder
+from raykernel.errors import BlockCorruptError, nearest
+from raykernel.store.commit import commit, make_folder, sync_folder
+from raykernel.store.tables import TABLES, ResultTable, result_table
 
-_TEXTS = pa.list_(pa.string())
-_TIME = pa.timestamp("us", tz="UTC")
+FOLDER = "results"
+"""Of all result tables, below the store."""
+COMPACTED = "compacted"
+"""Of compacted files, below a table's folder."""
+KEY, VERSION = "raykernel_key", "raykernel_version"
+"""Columns that a compacted file has beside those of its table."""
 
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """The schema of a table, its key, and where its files lie."""
-
-    schema: pa.Schema
-    key: tuple[str, ...]
-    """Columns that no two files share all of."""
-    folder: str
-    """Below the store; `{column}` inserts a value."""
-    stem: str = "result"
-    """Beginning of its files' names."""
-    order: tuple[str, ...] = ("created",)
-    """Columns that rows are sorted by."""
+_ROWS_PER_GROUP = 256
+"""Rows of a compacted file that are read where one key's are wanted."""
+_ANSWER = re.compile(r"([0-9a-f]{16})-([0-9a-f]{24})-([0-9a-f]{16})\.arrow")
+_MERGED = re.compile(r"([0-9a-f]{24})-([0-9a-f]{16})\.parquet")
 
 
-TABLES = {
-    "kernels": ResultTable(
-        pa.schema(
-            [
-                ("fingerprint", pa.string()),  # of the kernel
-                ("kind", pa.string()),
-                ("solver", pa.string()),  # canonical JSON of the solver settings
-                ("task", pa.string()),
-                ("model", pa.string()),
-                ("prompt", pa.string()),
-                ("k", pa.int64()),
-                ("seed", pa.int64()),
-                ("precision", pa.string()),
-                ("num_outputs", pa.int64()),
-                ("num_train", pa.int64()),
-                ("num_dev", pa.int64()),
-                ("num_test", pa.int64()),
-                ("metric", pa.string()),
-                ("zero_shot", pa.float64()),  # on test, as the next two
-                ("linear_probe", pa.float64()),
-                ("kernel_regression", pa.float64()),
-                ("output_derivative", pa.float64()),  # mean |χ| on test, before training
-                ("test_by", pa.string()),  # how test was predicted: tangent (J w) or block
-                ("dev", pa.float64()),  # of the grid point selected, whose settings follow
-                ("solved_by", pa.string()),  # ridge, logistic or asymmetric
-                ("ridge", pa.float64()),
-                ("f0_scaling", pa.float64()),
-                ("gamma", pa.float64()),  # of the asymmetric solver, as c
-                ("c", pa.float64()),
-                ("iterations", pa.int64()),
-                ("residual", pa.float64()),
-                ("condition_number", pa.float64()),
-                ("lora_error", pa.float64()),  # largest of an entry, of a LoRA, over |g| |g'|
-                ("lora_bound", pa.float64()),  # of Theorem D.5 on that; null: it says nothing
-                ("groups", _TEXTS),  # patterns; empty: all
-                ("blocks_total", pa.int64()),
-                ("blocks_computed", pa.int64()),  # by this run; the others were stored
-                ("seconds", pa.float64()),
-                ("peak_memory_bytes", pa.int64()),
-                ("path", pa.string()),  # of the kernel, below the store
-                ("created", _TIME),
-                ("versions", pa.string()),  # JSON: package → version
-                ("overrides", _TEXTS),
-                ("identity", pa.string()),  # JSON
-            ]
-        ),
-        key=("fingerprint", "kind", "solver"),
-        folder="kernels/{fingerprint}",
-    ),
-    "spectra": ResultTable(
-        pa.schema(
-            [
-                ("fingerprint", pa.string()),  # of the kernel
-                ("kind", pa.string()),
-                ("groups", _TEXTS),  # patterns that chose the sum; empty: all, or one layer group
-                ("ridge", pa.float64()),  # sigma over mean
-                ("layer_group", pa.string()),  # null: the sum of several
-                ("layer", pa.int64()),  # of the layer group; null outside of transformer layers
-                ("layers", pa.list_(pa.int64())),  # transformer layers of all groups summed
-                ("modules", _TEXTS),  # last parts of their modules' paths
-                ("num_groups", pa.int64()),  # summed
-                ("num_features", pa.int64()),  # rank at most; null: not counted
-                ("change", pa.string()),  # add, remove: readings of groups with layer or without;
-                ("kappa_before", pa.float64()),  # null: of groups. Of groups itself, with sigma
-                ("kappa_low", pa.float64()),  # bounds of `regularised` afterwards
-                ("kappa_high", pa.float64()),
-                ("top_low", pa.float64()),  # bounds of top + sigma afterwards
-                ("top_high", pa.float64()),
-                ("bottom_low", pa.float64()),  # bounds of bottom + sigma afterwards
-                ("bottom_high", pa.float64()),
-                ("is_sufficient", pa.bool_()),  # of an addition, for it to lower kappa
-                ("is_necessary", pa.bool_()),
-                ("slope", pa.float64()),  # of log kappa, where a little of the layer is added
-                ("duplicates", _TEXTS),  # `id = id`: train examples that the sum takes for one
-                ("task", pa.string()),
-                ("model", pa.string()),
-                ("prompt", pa.string()),
-                ("k", pa.int64()),
-                ("seed", pa.int64()),
-                ("num_outputs", pa.int64()),
-                ("num_train", pa.int64()),
-                ("parameters", pa.string()),  # JSON: the whole group
-                ("outputs", pa.string()),  # contrast: what softmax sees; full: all
-                ("num_rows", pa.int64()),  # of their kernel, and so eigenvalues
-                ("num_unresolved", pa.int64()),  # eigenvalues that are rounding noise: they count
-                ("floor", pa.float64()),  # as 0, and null is a number made of them; this at most
-                ("sigma", pa.float64()),  # the ridge, in units of the kernel
-                ("trace_share", pa.float64()),  # of all layers' trace
-                ("top", pa.float64()),  # largest eigenvalue
-                ("bottom", pa.float64()),  # smallest
-                ("mean", pa.float64()),
-                ("condition_number", pa.float64()),  # top / bottom; inf: fewer features than rows
-                ("condition_number_at_least", pa.float64()),  # known in spite of noise
-                ("regularised", pa.float64()),  # (top + sigma) / (bottom + sigma)
-                ("regularised_at_least", pa.float64()),
-                ("truncated", pa.float64()),  # top over the smallest that is no noise
-                ("top_over_median", pa.float64()),
-                ("top_over_mean", pa.float64()),
-                ("mean_over_bottom", pa.float64()),
-                ("amgm_gap", pa.float64()),  # log arithmetic over geometric mean, with sigma
-                ("stable_rank", pa.float64()),
-                ("participation", pa.float64()),
-                ("effective_rank", pa.float64()),
-                ("effective_dimension", pa.float64()),  # of sigma
-                ("full_condition_number", pa.float64()),  # of all outputs, as the next
-                ("full_regularised", pa.float64()),
-                ("centred_condition_number", pa.float64()),  # without the mean over examples
-                ("centred_regularised", pa.float64()),
-                ("loo_accuracy", pa.float64()),  # of train examples predicted from the others by
-                ("loo_error", pa.float64()),  # ridge regression with sigma, of `outputs`: mean of
-                # the squared norm left of one-hot labels; null: of changes, noise, a linear probe
-                ("lipschitz", pa.float64()),  # of all train outputs in the parameters; null: signs
-                ("path", pa.string()),
-                ("created", _TIME),
-                ("overrides", _TEXTS),
-            ]
-        ),
-        key=("fingerprint", "kind", "groups", "ridge"),
-        folder="kernels/{fingerprint}",
-        stem="spectra",
-    ),
-    "selections": ResultTable(
-        pa.schema(
-            [
-                ("fingerprint", pa.string()),  # of the kernel
-                ("kind", pa.string()),
-                ("settings", pa.string()),  # JSON: the whole group select
-                ("ridge", pa.float64()),
-                ("criterion", pa.string()),
-                ("rank", pa.int64()),  # 1: the best; null: all candidates, for comparison, or a
-                # choice of the front that is not among the best
-                ("front", pa.int64()),  # place on the Pareto front of the objectives, from the best
-                # in the first one; null: another choice of those tried is better
-                ("candidates", _TEXTS),  # the choice
-                ("layers", pa.list_(pa.int64())),  # transformer layers that it lies in
-                ("target_modules", _TEXTS),  # whole paths in the plain model
-                ("adapter", pa.string()),  # folder of adapter_config.json; null: not the best
-                ("task", pa.string()),
-                ("model", pa.string()),
-                ("prompt", pa.string()),
-                ("k", pa.int64()),
-                ("seed", pa.int64()),
-                ("num_outputs", pa.int64()),
-                ("num_train", pa.int64()),
-                ("parameters", pa.string()),  # JSON: the whole group
-                ("num_scored", pa.int64()),  # choices that the criterion has scored
-                ("is_exhaustive", pa.bool_()),  # these are all within the budget
-                ("guarantee", pa.float64()),  # part of the best's goodness that the first one has
-                # at least; 0: not known
-                ("num_ranked", pa.int64()),  # best choices that were ranked again
-                ("half_mean_rank", pa.float64()),  # among them on random halves of train; null:
-                ("half_best_rank", pa.int64()),  # the criterion has no samples, or is not asked to
-                ("half_worst_rank", pa.int64()),
-                ("half_first", pa.float64()),  # share of halves in which none is better
-                ("seed_mean_rank", pa.float64()),  # the same over a LoRA's random A
-                ("seed_best_rank", pa.int64()),
-                ("seed_worst_rank", pa.int64()),
-                ("seed_first", pa.float64()),
-                ("is_front_exact", pa.bool_()),  # of all choices within the budget; null: no front
-                ("outputs", pa.string()),  # contrast: what softmax sees; full: a single one
-                ("num_rows", pa.int64()),
-                ("top", pa.float64()),  # largest eigenvalue
-                ("num_unresolved", pa.int64()),  # eigenvalues that are rounding noise
-                ("num_features", pa.int64()),  # rank at most; null: not counted
-                ("sigma", pa.float64()),  # ridge of all choices, in units of the kernel
-                ("size", pa.int64()),  # control: candidates in the choice
-                ("num_parameters", pa.int64()),  # control: that the LoRA trains
-                ("random", pa.float64()),  # control
-                (
-                    "condition_number",
-                    pa.float64(),
-                ),  # null: a number of it is noise, as in all that follow
-                ("regularised", pa.float64()),  # with ridge of its own mean
-                ("top_over_median", pa.float64()),
-                ("amgm_gap", pa.float64()),
-                ("effective_rank", pa.float64()),
-                ("trace", pa.float64()),
-                ("log_det", pa.float64()),  # with sigma, as the next
-                ("effective_dimension", pa.float64()),
-                ("alignment", pa.float64()),
-                ("gradient_norm", pa.float64()),
-                ("complexity", pa.float64()),  # with sigma
-                ("marginal_likelihood", pa.float64()),  # log, of a row
-                ("loo_error", pa.float64()),
-                ("loo_accuracy", pa.float64()),  # null: a single output
-                ("relative_gradient_norm", pa.float64()),  # baselines, null: not measured
-                ("explained_variance", pa.float64()),  # sum over modules, as the next
-                ("importance", pa.float64()),
-                ("path", pa.string()),
-                ("created", _TIME),
-                ("overrides", _TEXTS),
-            ]
-        ),
-        key=("fingerprint", "kind", "settings", "ridge"),
-        folder="selections",
-        stem="selection",
-        order=("created", "rank"),
-    ),
-    "trials": ResultTable(
-        pa.schema(
-            [
-                ("trial", pa.string()),  # hash of what decides the numbers
-                ("task", pa.string()),
-                ("model", pa.string()),
-                ("prompt", pa.string()),
-                ("k", pa.int64()),
-                ("seed", pa.int64()),  # of the few-shot sample
-                ("method", pa.string()),  # full, lora: which parameters are trained
-                ("intrinsic_dimension", pa.int64()),  # null: not confined to random directions
-                ("optimizer", pa.string()),
-                ("loss", pa.string()),
-                ("regularization", pa.string()),  # pull to the start; none, too, where lam is 0
-                ("lam", pa.float64()),  # λ of λ/2 ‖θ - θ_0‖²
-                ("convention", pa.string()),  # of the loss that λ is weighed against; null: none
-                ("sigma", pa.float64()),  # of the kernel ridge regression with the same minimum, in
-                # units of the kernel; null: it is none, as with cross-entropy
-                ("learning_rate", pa.float64()),
-                ("batch_size", pa.int64()),
-                ("steps", pa.int64()),
-                ("training_seed", pa.int64()),  # of the order of examples and of dropout
-                ("precision", pa.string()),
-                ("num_parameters", pa.int64()),  # that are trained
-                ("num_outputs", pa.int64()),
-                ("num_train", pa.int64()),
-                ("num_dev", pa.int64()),
-                ("num_test", pa.int64()),
-                ("metric", pa.string()),
-                ("zero_shot", pa.float64()),  # on test, as the next two
-                ("linear_probe", pa.float64()),
-                ("finetuned", pa.float64()),  # with the parameters that are best on dev
-                ("dev", pa.float64()),  # of the same parameters
-                ("best_step", pa.int64()),
-                ("distance", pa.float64()),  # their Euclidean distance from the start
-                ("seconds", pa.float64()),  # of training and evaluation
-                ("peak_memory_bytes", pa.int64()),
-                ("weights_checksum", pa.string()),  # xxh3 of best.safetensors; null: not kept
-                ("path", pa.string()),  # of the trial, below the store
-                ("created", _TIME),
-                ("versions", pa.string()),  # JSON: package → version
-                ("overrides", _TEXTS),
-                ("parameters", pa.string()),  # JSON: the whole group
-                ("training", pa.string()),  # JSON: the whole group
-                ("identity", pa.string()),  # JSON
-            ]
-        ),
-        key=("trial",),
-        folder="trials/{trial}",
-        stem="trial",
-    ),
-    "curves": ResultTable(
-        pa.schema(
-            [
-                ("trial", pa.string()),
-                ("step", pa.int64()),  # steps done; 0 is the start
-                ("epoch", pa.float64()),  # passes over train
-                ("train_loss", pa.float64()),  # mean since the last row, without a pull's penalty
-                ("dev_loss", pa.float64()),
-                ("dev_score", pa.float64()),
-                ("learning_rate", pa.float64()),  # of the last step
-                ("gradient_norm", pa.float64()),  # of the last step, unclipped; with coupled pull
-                ("distance", pa.float64()),  # from the start, Euclidean
-            ]
-        ),
-        key=("trial",),
-        folder="trials/{trial}",
-        stem="curve",
-        order=("trial", "step"),
-    ),
-    "twins": ResultTable(
-        pa.schema(
-            [
-                ("trial", pa.string()),  # the fine-tuning run f; all is of its last step
-                ("split", pa.string()),  # train, dev or test, on which the next numbers are
-                ("num_examples", pa.int64()),
-                ("task", pa.string()),
-                ("model", pa.string()),
-                ("prompt", pa.string()),
-                ("k", pa.int64()),
-                ("seed", pa.int64()),
-                ("method", pa.string()),
-                ("optimizer", pa.string()),
-                ("loss", pa.string()),
-                ("regularization", pa.string()),
-                ("lam", pa.float64()),
-                ("convention", pa.string()),
-                ("learning_rate", pa.float64()),
-                ("batch_size", pa.int64()),
-                ("steps", pa.int64()),
-                ("metric", pa.string()),  # of the next four
-                ("start_score", pa.float64()),  # of f_0
-                ("score", pa.float64()),  # of f, not of the parameters that are best on dev
-                ("score_a", pa.float64()),  # of the twin: the linear model, trained itself
-                ("score_b", pa.float64()),  # of the linear model at the parameters of f
-                ("agreement_a", pa.float64()),  # share of examples with the same largest logit
-                ("agreement_b", pa.float64()),
-                ("change", pa.float64()),  # mean ‖f − f_0‖ of an example's logits
-                ("distance_a", pa.float64()),  # mean ‖f − f̄‖
-                ("distance_b", pa.float64()),
-                ("relative_a", pa.float64()),  # over change; null: nothing changed
-                ("relative_b", pa.float64()),
-                ("kl_a", pa.float64()),  # mean KL(softmax f ‖ softmax f̄), nats
-                ("kl_b", pa.float64()),
-                ("kl_reverse_a", pa.float64()),  # mean KL(softmax f̄ ‖ softmax f), nats
-                ("kl_reverse_b", pa.float64()),
-                ("deviation", pa.float64()),  # ‖θ − θ_0‖ of f; the next ones are of no split, too
-                ("deviation_relative", pa.float64()),  # over ‖θ_0‖
-                ("twin_deviation", pa.float64()),  # ‖θ̄ − θ_0‖ of the twin
-                ("apart", pa.float64()),  # ‖θ − θ̄‖
-                ("adapter_change", pa.float64()),  # mean ‖s B A‖ of adapted matrices; null: none
-                ("adapter_relative", pa.float64()),  # mean of ‖s B A‖ / ‖W_0‖
-                ("modules", pa.string()),  # JSON: module → both
-                ("seconds", pa.float64()),  # of the twin's training
-                ("peak_memory_bytes", pa.int64()),
-                ("last_checksum", pa.string()),  # xxh3 of last.safetensors
-                ("weights_checksum", pa.string()),  # xxh3 of twin.safetensors
-                ("path", pa.string()),
-                ("created", _TIME),
-                ("versions", pa.string()),
-                ("overrides", _TEXTS),
-            ]
-        ),
-        key=("trial",),
-        folder="trials/{trial}",
-        stem="twins",
-        order=("created", "split"),
-    ),
-    "bounds": ResultTable(
-        pa.schema(
-            [
-                ("trial", pa.string()),
-                ("quantity", pa.string()),  # deviation ‖θ − θ_0‖, or distance to the twin on train
-                ("name", pa.string()),  # printed, or a companion of it
-                ("bound", pa.float64()),  # null: not of this run
-                ("measured", pa.float64()),
-                ("holds", pa.bool_()),
-                ("slack", pa.float64()),  # larger over smaller
-                ("assumes", pa.string()),  # or what of that is not met
-                ("lipschitz", pa.float64()),  # largest ‖J‖ of train that was seen, of any below
-                ("lipschitz_start", pa.float64()),  # at θ_0
-                ("lipschitz_end", pa.float64()),  # at θ
-                ("lipschitz_mean", pa.float64()),  # at random points as far away; null: none
-                ("lipschitz_samples", pa.int64()),  # such points
-                ("curvature", pa.float64()),  # of F, seen from θ_0 to θ: ‖J − J_0‖ / ‖θ − θ_0‖, or
-                # what the remainder implies if that is more
-            ]
-        ),
-        key=("trial",),
-        folder="trials/{trial}",
-        stem="bounds",
-        order=("trial",),
-    ),
-    "behavior": ResultTable(
-        pa.schema(
-            [
-                ("fingerprint", pa.string()),  # of the kernel at the pre-trained weights
-                ("trial", pa.string()),  # the fine-tuning run
-                ("solver", pa.string()),  # canonical JSON of the solver settings
-                ("criteria", pa.string()),  # canonical JSON of thresholds and sample
-                ("task", pa.string()),
-                ("model", pa.string()),
-                ("prompt", pa.string()),
-                ("k", pa.int64()),
-                ("seed", pa.int64()),
-                ("optimizer", pa.string()),
-                ("solves", pa.bool_()),  # null: undefined, as in the next three
-                ("linearization", pa.bool_()),
-                ("fixed_features", pa.bool_()),
-                ("kernel_behavior", pa.bool_()),  # all three
-                ("reasons", pa.string()),  # JSON: criterion → one clause
-                ("kind", pa.string()),  # of kernel regression: the best one for the optimizer
-                ("metric", pa.string()),  # of the next two, on test
-                ("kernel_regression", pa.float64()),
-                ("finetuned", pa.float64()),
-                ("linearization_metric", pa.string()),  # of the next three, on test
-                ("pretrained_score", pa.float64()),
-                ("linearized_score", pa.float64()),
-                ("finetuned_score", pa.float64()),
-                ("taylor_error", pa.float64()),  # ‖f_FT − f_lin‖ / ‖f_FT − f_PT‖ on test
-                ("compared_kind", pa.string()),  # of the kernels before and after
-                ("num_compared", pa.int64()),  # test examples of the compared block
-                ("mean_relative_distance", pa.float64()),  # null: undefined, as in all distances
-                ("mean_apart", pa.float64()),  # the same without near-zero denominators
-                ("median_relative_distance", pa.float64()),
-                ("frobenius_distance", pa.float64()),
-                ("cka", pa.float64()),  # centred kernel alignment
-                ("near_zero_share", pa.float64()),  # of the entries before fine-tuning
-                ("zero_share", pa.float64()),
-                ("chi_pretrained", pa.float64()),  # mean |output derivative| on test
-                ("chi_finetuned", pa.float64()),
-                ("tuned_fingerprint", pa.string()),  # of the kernel at the trial's weights
-                ("path", pa.string()),
-                ("created", _TIME),
-                ("overrides", _TEXTS),
-            ]
-        ),
-        key=("fingerprint", "trial", "solver", "criteria"),
-        folder="behavior",
-    ),
-    "runs": ResultTable(
-        pa.schema(
-            [
-                ("study", pa.string()),  # a file of sweeps/, or the command that had -m
-                ("run", pa.string()),  # hash of command and resolved configuration
-                ("arm", pa.string()),  # method of the study
-                ("command", pa.string()),
-                ("status", pa.string()),  # ok, failed, or stopped early
-                ("cause", pa.string()),  # of failure: memory, diverged, input, lost, error
-                ("error", pa.string()),  # what was said
-                ("results", pa.string()),  # JSON: [table, key columns] of every result
-                ("seconds", pa.float64()),
-                ("host", pa.string()),
-                ("created", _TIME),
-                ("versions", pa.string()),
-                ("overrides", _TEXTS),
-            ]
-        ),
-        key=("study", "run"),
-        folder="runs/{study}",
-        stem="run",
-    ),
-}
+# ---------------------------------------------------------------- writing
 
 
 def write_result(root: Path, table: str, row: dict[str, Any]) -> Path:
-    """Commit one row; a row with the same key is replaced.
+    """Commit one row; it replaces a row with the same key.
 
     Args:
         root: folder of the store.
@@ -479,7 +72,7 @@ def write_result(root: Path, table: str, row: dict[str, Any]) -> Path:
 
 
 def write_results(root: Path, table: str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Commit rows of one key as one file; rows with the same key are replaced.
+    """Commit rows of one key as one file; they replace all rows with the same key.
 
     Args:
         root: folder of the store.
@@ -492,7 +85,7 @@ def write_results(root: Path, table: str, rows: Sequence[dict[str, Any]]) -> Pat
     Raises:
         ValueError: if a column is unknown, a key column absent, or the keys differ.
     """
-    spec = _spec(table)
+    spec = result_table(table)
     for name in {name for row in rows for name in row}:
         if name not in spec.schema.names:
             raise ValueError(
@@ -503,31 +96,106 @@ def write_results(root: Path, table: str, rows: Sequence[dict[str, Any]]) -> Pat
         raise ValueError(f"{table}: found no {', '.join(absent)}, expected the whole key")
     if any(row[name] != first[name] for row in rows for name in spec.key):
         raise ValueError(f"{table}: found rows of several keys, expected one key in a file")
-    known = {"created": datetime.now(timezone.utc), "path": spec.folder.format(**first)}
+    owner = spec.folder.format(**first)
+    known = {"created": datetime.now(timezone.utc), "path": owner or None}
     sink = pa.BufferOutputStream()
     # Columns that a table does not have, such as a curve's `path`, are left out by the schema.
     arrow = pa.Table.from_pylist([known | row for row in rows], schema=spec.schema)
-    pq.write_table(arrow, sink, write_page_checksum=True)
-    path = result_path(root, table, first)
-    make_folder(path.parent)
-    commit(path, memoryview(sink.getvalue()))
+    with pa.ipc.new_file(sink, spec.schema) as writer:
+        writer.write_table(arrow)
+    content, folder = sink.getvalue(), table_folder(root, table)
+    path = folder / f"{key_of(table, first)}-{new_version()}-{_digest(content)}.arrow"
+    make_folder(folder)
+    make_folder(root / owner)
+    commit(path, memoryview(content))
     return path
 
 
-def result_path(root: Path, table: str, row: dict[str, Any]) -> Path:
-    """The file of a row: its name is made of the key columns.
+def key_of(table: str, row: dict[str, Any]) -> str:
+    """The name of a question.
 
     Args:
-        root: folder of the store.
         table: name of the table.
         row: value by column, the key columns among them.
 
     Returns:
-        The path, whether or not it exists.
+        Sixteen hexadecimal digits.
     """
-    spec = _spec(table)
-    name = f"{spec.stem}-{fingerprint([row[name] for name in spec.key])}.parquet"
-    return root / spec.folder.format(**row) / name
+    return fingerprint([row[name] for name in result_table(table).key])
+
+
+def new_version() -> str:
+    """A name that sorts after all earlier ones: nanoseconds, and chance against a tie."""
+    return f"{time.time_ns():016x}{uuid.uuid4().hex[:8]}"
+
+
+def table_folder(root: Path, table: str) -> Path:
+    """Where the files of a table lie."""
+    return root / FOLDER / table
+
+
+# ---------------------------------------------------------------- what is there
+
+
+@dataclass(frozen=True, slots=True)
+class TableFiles:
+    """Files of a table that together hold every row."""
+
+    answers: tuple[Path, ...]
+    """Of one key each."""
+    compacted: tuple[Path, ...]
+
+    def newest(self) -> dict[str, Path]:
+        """The latest answer by key."""
+        return {path.name[:16]: path for path in sorted(self.answers)}
+
+
+def table_files(root: Path, table: str, key: str = "") -> TableFiles:
+    """Files of a table.
+
+    Args:
+        root: folder of the store.
+        table: name of the table.
+        key: which answers; empty: all.
+
+    Returns:
+        Their paths: of every row that was there at the time of the call.
+    """
+    result_table(table)
+    folder = table_folder(root, table)
+    before = _matching(folder / COMPACTED, _MERGED)
+    while True:
+        answers = _matching(folder, _ANSWER, key)
+        compacted = _matching(folder / COMPACTED, _MERGED)
+        # A file that appears among the compacted ones may hold answers that were deleted before
+        # they could be listed.
+        if compacted == before:
+            return TableFiles(answers, compacted)
+        before = compacted
+
+
+def has_results(root: Path) -> bool:
+    """Whether any result was ever written."""
+    return any(
+        files.answers or files.compacted for files in (table_files(root, name) for name in TABLES)
+    )
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file has the name of an answer or a compacted file, and its place."""
+    return bool((_MERGED if path.parent.name == COMPACTED else _ANSWER).fullmatch(path.name))
+
+
+def _matching(folder: Path, pattern: re.Pattern[str], start: str = "") -> tuple[Path, ...]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.name.startswith(start)]
+    except FileNotFoundError:
+        return ()
+    return tuple(folder / name for name in sorted(names) if pattern.fullmatch(name))
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read_results(root: Path, table: str) -> pa.Table:
@@ -540,11 +208,23 @@ def read_results(root: Path, table: str) -> pa.Table:
     Returns:
         The rows in the table's schema.
     """
-    spec = _spec(table)
-    rows = [read_row_file(path, spec.schema) for path in result_files(root, table)]
-    if not rows:
-        return spec.schema.empty_table()
-    return pa.concat_tables(rows).sort_by([(name, "ascending") for name in spec.order])
+    spec = result_table(table)
+    parts: dict[Path, pa.Table] = {}  # no file changes: what is read stays read
+    while True:
+        files = table_files(root, table)
+        newest = files.newest()
+        try:
+            for path in (*files.compacted, *newest.values()):
+                if path not in parts:
+                    parts[path] = read_file(path, spec)
+        except FileNotFoundError:  # compacted meanwhile
+            continue
+        rows = newest_rows([parts[path] for path in (*files.compacted, *newest.values())], spec)
+        return (
+            lasting(rows, root, spec)
+            .select(spec.schema.names)
+            .sort_by([(name, "ascending") for name in spec.order])
+        )
 
 
 def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]]:
@@ -556,70 +236,207 @@ def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]
         key: value by key column.
 
     Returns:
-        Value by column; none if no such row is stored.
+        Value by column, in the order in which they were written; none if nothing is stored.
     """
-    path = result_path(root, table, key)
-    if not path.exists():
+    spec, wanted = result_table(table), key_of(table, key)
+    if not (root / spec.folder.format(**key)).is_dir():
         return []
-    rows: list[dict[str, Any]] = read_row_file(path, _spec(table).schema).to_pylist()
-    return rows
+    while True:
+        files = table_files(root, table, wanted)
+        try:
+            parts = [part for path in files.compacted for part in _rows_of(path, wanted, spec)]
+            parts += [read_file(path, spec) for path in files.answers[-1:]]
+        except FileNotFoundError:  # compacted meanwhile
+            continue
+        rows = newest_rows(parts, spec)
+        found: list[dict[str, Any]] = rows.select(spec.schema.names).to_pylist()
+        return found
 
 
-def result_files(root: Path, table: str) -> list[Path]:
-    """Files of a table.
-
-    Args:
-        root: folder of the store.
-        table: name of the table.
-
-    Returns:
-        Their paths, sorted.
-    """
-    spec = _spec(table)
-    folder = spec.folder.format_map(defaultdict(lambda: "*"))
-    return sorted(root.glob(f"{folder}/{spec.stem}-*.parquet"))
-
-
-def read_row_file(path: Path, schema: pa.Schema) -> pa.Table:
-    """One result file, brought to a schema: absent columns null, unknown ones left out.
+def read_file(path: Path, spec: ResultTable) -> pa.Table:
+    """One file, brought to the table's schema: absent columns null, unknown ones left out.
 
     Args:
-        path: the file.
-        schema: of the table.
+        path: an answer or a compacted file.
+        spec: its table.
 
     Returns:
-        Its rows.
+        Its rows, with `KEY` and `VERSION` beside.
 
     Raises:
         BlockCorruptError: if it is damaged or foreign.
+        FileNotFoundError: if it is absent.
     """
     content = path.read_bytes()  # apart, so that a failing disk is not taken for a damaged file
+    answer = _ANSWER.fullmatch(path.name)
+    with _blaming(path, content):
+        if answer is None:
+            with pq.ParquetFile(pa.BufferReader(content)) as file:
+                return _in_schema(file.read(), spec.schema)
+        rows = pa.ipc.open_file(content).read_all()
+        for name, own in zip((KEY, VERSION), answer.groups(), strict=False):
+            rows = rows.append_column(name, pa.repeat(own, rows.num_rows))
+        return _in_schema(rows, spec.schema)
+
+
+def _rows_of(path: Path, key: str, spec: ResultTable) -> Iterator[pa.Table]:
+    """Rows of a compacted file with one key, in the table's schema."""
+    for number, (first, last) in enumerate(_ranges(path)):
+        if first <= key <= last:
+            rows, places = _group(path, number)
+            start, count = places.get(key, (0, 0))
+            yield _in_schema(rows.slice(start, count), spec.schema)
+
+
+# A study asks for one row after the other; a compacted file never changes.
+@lru_cache(maxsize=8)
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    with _blaming(path, content):
+        return content
+
+
+@lru_cache(maxsize=8)
+def _ranges(path: Path) -> list[tuple[str, str]]:
+    """First and last key of every group of rows of a compacted file."""
+    with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
+        at = file.schema_arrow.get_field_index(KEY)
+        groups = [file.metadata.row_group(n).column(at) for n in range(file.num_row_groups)]
+        return [(group.statistics.min, group.statistics.max) for group in groups]
+
+
+@lru_cache(maxsize=64)
+def _group(path: Path, number: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+    """One group of rows of a compacted file, and where those of a key begin and how many."""
+    with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
+        rows = file.read_row_group(number).combine_chunks()
+    keys = rows[KEY].to_pylist()
+    counts = Counter(keys)
+    return rows, {key: (keys.index(key), count) for key, count in counts.items()}
+
+
+def rescue(path: Path, spec: ResultTable) -> None:
+    """Commit the rows of a damaged compacted file that can still be read, as another such file.
+
+    Args:
+        path: the file, which stays; of an answer there is nothing to rescue.
+        spec: its table.
+    """
+    if not _MERGED.fullmatch(path.name):
+        return
+    whole = []
+    unreadable = (pa.ArrowException, OSError)
+    with (
+        contextlib.suppress(*unreadable),  # the footer is damaged: nothing is left
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        for number in range(file.num_row_groups):
+            with contextlib.suppress(*unreadable):
+                whole.append(file.read_row_group(number))
+    if whole:
+        write_compacted(pa.concat_tables(whole), path.parent)
+
+
+def write_compacted(rows: pa.Table, folder: Path) -> None:
+    """Commit a compacted file.
+
+    Args:
+        rows: of a table, with `KEY` and `VERSION`, a key's rows in their order.
+        folder: the table's `COMPACTED`.
+    """
+    sink = pa.BufferOutputStream()
+    rows = rows.sort_by(KEY)  # stable
+    pq.write_table(rows, sink, row_group_size=_ROWS_PER_GROUP, write_page_checksum=True)
+    content = sink.getvalue()
+    make_folder(folder)
+    commit(folder / f"{new_version()}-{_digest(content)}.parquet", memoryview(content))
+    sync_folder(folder)  # before anything is deleted, also on a disk that loses power
+
+
+def newest_rows(parts: Sequence[pa.Table], spec: ResultTable) -> pa.Table:
+    """Rows of the latest version of every key, each once.
+
+    Args:
+        parts: of one table, with `KEY` and `VERSION`.
+        spec: that table.
+
+    Returns:
+        The rows, with both columns; those of a key in their order.
+    """
+    if not parts:
+        return _with_origin(spec.schema).empty_table()
+    if len(parts) == 1:
+        return parts[0]
+    origins = [
+        (key, (version, number))
+        for number, part in enumerate(parts)
+        for key, version in zip(part[KEY].to_pylist(), part[VERSION].to_pylist(), strict=True)
+    ]
+    newest: dict[str, tuple[str, int]] = {}
+    for key, origin in origins:
+        newest[key] = max(newest.get(key, origin), origin)
+    mask = [newest[key] == origin for key, origin in origins]
+    return pa.concat_tables(parts).combine_chunks().filter(pa.array(mask))
+
+
+def lasting(rows: pa.Table, root: Path, spec: ResultTable) -> pa.Table:
+    """Rows whose folder is there.
+
+    Args:
+        rows: of one table.
+        root: folder of the store.
+        spec: that table.
+
+    Returns:
+        Those; the others' folder has been removed.
+    """
+    above, _, last = spec.folder.rpartition("/")
+    if not last.startswith("{"):
+        return rows if (root / spec.folder).is_dir() else rows.slice(0, 0)
     try:
-        # ParquetFile, not read_table, which builds a data set per file.
-        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
-            found = file.read()
-        columns = [
-            found[column.name].cast(column.type)
-            if column.name in found.column_names
-            else pa.nulls(found.num_rows, column.type)
-            for column in schema
-        ]
-        return pa.table(columns, schema=schema)
-    except (pa.ArrowException, OSError) as error:
+        with os.scandir(root / above) as entries:
+            names = [entry.name for entry in entries]
+    except FileNotFoundError:
+        return rows.slice(0, 0)
+    return rows.filter(pc.is_in(rows[last.strip("{}")], pa.array(names, pa.string())))
+
+
+def _with_origin(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([*schema, (KEY, pa.string()), (VERSION, pa.string())])
+
+
+def _in_schema(found: pa.Table, schema: pa.Schema) -> pa.Table:
+    wanted = _with_origin(schema)
+    if found.schema.equals(wanted):
+        return found
+    columns = [
+        found[column.name].cast(column.type)
+        if column.name in found.column_names
+        else pa.nulls(found.num_rows, column.type)
+        for column in wanted
+    ]
+    return pa.table(columns, schema=wanted)
+
+
+def _digest(content: pa.Buffer | bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path, content: bytes) -> Iterator[None]:
+    """Compare a file's content with its name; whatever goes wrong then is its damage."""
+    try:
+        if _digest(content) != path.stem.rpartition("-")[2]:
+            raise ValueError("checksum of another content")
+        yield
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BlockCorruptError(
-            f"{path}: damaged or foreign ({str(error).splitlines()[0]}). Expected a result that "
-            f"raykernel wrote. Run `raykernel verify --remove`, then its configuration again."
+            f"{path}: damaged or foreign ({reason}). Expected a result that raykernel wrote. Run "
+            f"`raykernel verify --remove`, then its configuration again."
         ) from error
 
 
 def to_json(value: object) -> str:
     """Text of a value for the JSON columns: keys sorted."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _spec(table: str) -> ResultTable:
-    if table not in TABLES:
-        raise InputError(
-            f"found table {table!r}, expected a result table; {nearest(table, TABLES)}"
-        )
-    return TABLES[table]

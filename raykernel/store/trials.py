@@ -8,10 +8,9 @@
       last.safetensors         the trained parameters of the last step, where a twin needs them
       twin-checkpoint.safetensors, twin.safetensors
                                of the linear twin: while it runs, and its parameters at the end
-      curve-<key>.parquet      its evaluations; written before the next one
-      trial-<key>.parquet      its result (results.py): it is there, so the run has ended
-      bounds-<key>.parquet     bounds of the run; written before the next one
-      twins-<key>.parquet      how far it is from its linear twin: it is there, so that has ended
+
+Its rows are results (results.py): those of `curves` are written before that of `trials`, which
+says that the run has ended; `bounds` before `twins`, which say that the twin has.
 
 Each is written at once, and twice with the same content, so nobody locks and nobody waits.
 """

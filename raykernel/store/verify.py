@@ -21,15 +21,13 @@ from raykernel.store.kernelfiles import PINNED
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
-from raykernel.store.results import TABLES, read_row_file
+from raykernel.store.results import COMPACTED, FOLDER, is_result, read_file, rescue
+from raykernel.store.tables import TABLES
 from raykernel.store.trials import checksum
 
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
 _LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
-_ANSWERS = ("behavior", "selections")
-"""Tables that lie in a folder of their name."""
-_TRIAL_TABLES = {"trial": "trials", "curve": "curves", "twins": "twins", "bounds": "bounds"}
 _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 
 
@@ -101,17 +99,26 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
         sorted(folder for folder in (store.path / name).glob("*") if folder.is_dir())
         for name in ("kernels", "trials")
     )
-    answers = [folder for name in _ANSWERS if (folder := store.path / name).is_dir()]
+    choices = [folder for folder in (store.path / "selections").glob("*") if folder.is_dir()]
+    tables = [store.path / FOLDER / name for name in TABLES]
+    results = [folder for name in tables for folder in (name, name / COMPACTED) if folder.is_dir()]
     checks = {
         **dict.fromkeys(kernels, _problems),
         **dict.fromkeys(trials, _trial_problems),
-        **dict.fromkeys(answers, _answer_problems),
+        **dict.fromkeys(choices, _choice_problems),
+        **dict.fromkeys(results, _result_problems),
     }
     for folder, problems in checks.items():
-        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        files = sorted(
+            file
+            for file in folder.iterdir()
+            if not file.name.startswith(".") and file not in checks
+        )
         num_files += len(files)
         for file, reason, replaceable in problems(store, folder, files):
             if remove and replaceable:
+                if folder in results:
+                    rescue(file, TABLES[file.relative_to(store.path / FOLDER).parts[0]])
                 file.unlink(missing_ok=True)
             bad.append(BadFile(file, reason, remove and replaceable))
     leftovers = tuple(stale_temporaries(store.path))
@@ -192,10 +199,6 @@ def _check_other(handle: KernelHandle, file: Path) -> None:
         check_baselines(handle)
     elif file.suffix == ".json" and file.stem in PINNED:
         handle.read_pinned(file.stem)
-    elif file.match("result-*.parquet"):
-        read_row_file(file, TABLES["kernels"].schema)
-    elif file.match("spectra-*.parquet"):
-        read_row_file(file, TABLES["spectra"].schema)
     elif file.name != manifest.NAME:
         raise InputError("no file of a store; move it elsewhere")
 
@@ -213,9 +216,7 @@ def _trial_problems(
     }
     for file in files:
         try:
-            if table := _TRIAL_TABLES.get(file.name.partition("-")[0]):
-                read_row_file(file, TABLES[table].schema)
-            elif file in summed:
+            if file in summed:
                 _check_weights(store, folder.name, file, *summed[file])
             elif file not in known:
                 raise InputError("no file of a store; move it elsewhere")
@@ -223,21 +224,33 @@ def _trial_problems(
             yield file, _reason(error, file), _damaged(error)
 
 
-def _answer_problems(
+def _choice_problems(
     store: Store, folder: Path, files: list[Path]
 ) -> Iterator[tuple[Path, str, bool]]:
-    """Bad files of a table with a folder of its own, as `_problems` names them."""
-    del store
-    table = TABLES[folder.name]
-    inside = [sorted(file.iterdir()) if file.is_dir() else [file] for file in files]
-    for file in (file for group in inside for file in group if not file.name.startswith(".")):
+    """Bad files of a choice of layers, as `_problems` names them."""
+    del store, folder
+    for file in files:
         try:
-            if file.match("selections/*/adapter_config.json"):
+            if file.name == "adapter_config.json":
                 _check_json(file)
-            elif file.parent == folder and file.match(f"{table.stem}-*.parquet"):
-                read_row_file(file, table.schema)
             else:
                 raise InputError("no file of a store; move it elsewhere")
+        except InputError as error:
+            yield file, _reason(error, file), _damaged(error)
+
+
+def _result_problems(
+    store: Store, folder: Path, files: list[Path]
+) -> Iterator[tuple[Path, str, bool]]:
+    """Bad files of a result table, as `_problems` names them."""
+    spec = TABLES[folder.relative_to(store.path / FOLDER).parts[0]]
+    for file in files:
+        try:
+            if not is_result(file):
+                raise InputError("no file of a store; move it elsewhere")
+            read_file(file, spec)
+        except FileNotFoundError:  # compacted meanwhile
+            continue
         except InputError as error:
             yield file, _reason(error, file), _damaged(error)
 

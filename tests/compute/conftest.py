@@ -1,11 +1,9 @@
-"""One Ray instance for all tests of a session, and the executors that they run on."""
+"""Executors, on the one Ray instance of the session."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,26 +11,6 @@ import pytest
 from raykernel.compute.executor import Executor, InlineExecutor
 from raykernel.config import ComputeConfig
 from raykernel.terms import ExecutorName
-
-
-@pytest.fixture(scope="session")
-def ray_instance() -> Iterator[None]:
-    """Ray on this machine, with room for the actors of `ray_run` and of another executor."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: no token in $HOME
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

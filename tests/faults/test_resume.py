@@ -147,7 +147,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     for table in ("predictions", "kernels"):
         columns = {"predictions": "example, fitted", "kernels": "kernel_regression, dev"}[table]
         sql = f"SELECT {columns} FROM {table} ORDER BY 1"
-        assert query("whole", sql).equals(query("killed", sql))
+        assert query(sql, "whole").equals(query(sql, "killed"))
     capsys.readouterr()
     assert main(arguments("killed")) == 0
     again = capsys.readouterr().err

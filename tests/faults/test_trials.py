@@ -74,7 +74,7 @@ def assert_same(here: Path, store: str) -> None:
     whole, killed = (one.trial(trial).weights.read_bytes() for one in stores)
     assert whole == killed
     for sql in ("SELECT * FROM curves", "SELECT trial, dev, finetuned, best_step FROM trials"):
-        assert query(here / "whole", sql).equals(query(here / store, sql))
+        assert query(sql, here / "whole").equals(query(sql, here / store))
     assert not stores[1].trial(trial).checkpoint.exists()
 
 
@@ -102,9 +102,9 @@ def test_a_twin_killed_before_every_rename_is_the_undisturbed_one(here):
     assert whole.twin.read_bytes() == killed.twin.read_bytes()
     assert not killed.twin_checkpoint.exists()
     sql = "SELECT split, distance_a, distance_b, kl_a, kl_b, deviation, apart FROM twins"
-    assert query(here / "twin", sql).equals(query(here / "dying-twin", sql))
-    assert query(here / "twin", "SELECT * FROM bounds").equals(
-        query(here / "dying-twin", "SELECT * FROM bounds")
+    assert query(sql, here / "twin").equals(query(sql, here / "dying-twin"))
+    assert query("SELECT * FROM bounds", here / "twin").equals(
+        query("SELECT * FROM bounds", here / "dying-twin")
     )
 
 
