@@ -29,7 +29,8 @@ study = Study(
     ],
     table=ChoiceTable(
         "kernel", ("LoRA",), shown=FORETOLD, criteria=FORETOLD,
-        next_step="Next: raykernel sweep layer_selection experiment=demo asks it of all criteria.",
+        next_step="Next: raykernel report quickstart. All criteria, more samples: raykernel sweep "
+        "layer_selection experiment=demo",
     ),
     demo={"task.k": "4", "task.seed": "13"},
 )  # fmt: skip
