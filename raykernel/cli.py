@@ -77,6 +77,7 @@ what there is:
             bash, zsh or fish: the script that completes all of this at Tab
 
 start here:
+  raykernel sweep quickstart
   raykernel kernel experiment=quickstart
 """
 
