@@ -22,6 +22,7 @@ from raykernel.tools import (
     tool_report,
     tool_verify,
     version,
+    write_report,
 )
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def tool_sweep(arguments: list[str]) -> int:
     from raykernel.console import SharedScreen
     from raykernel.sweep import sweep
 
-    return sweep(arguments, SharedScreen())
+    return sweep(arguments, SharedScreen(), write_report)
 
 
 def tool_completion(arguments: list[str]) -> int:

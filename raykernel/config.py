@@ -783,6 +783,8 @@ class SweepConfig:
     """Run again what failed before by itself: by divergence, memory or an error."""
     seed: int = 0
     """Of the sampler."""
+    report: bool = False
+    """Write the page of `raykernel report` at the end."""
     trackers: list[TrackerName] = field(default_factory=list)
     """Show runs there, too: tensorboard, mlflow, wandb."""
 

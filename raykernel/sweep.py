@@ -13,7 +13,7 @@ import ast
 import itertools
 import runpy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -461,12 +461,15 @@ def run_many(command: Command, composed: Sequence[ComposedRun], screen: Screen) 
 # ---------------------------------------------------------------- the command
 
 
-def sweep(arguments: Sequence[str], screen: Screen) -> int:
+def sweep(
+    arguments: Sequence[str], screen: Screen, report: Callable[[Path, str], Path] | None = None
+) -> int:
     """`raykernel sweep [NAME [overrides]]`.
 
     Args:
         arguments: what follows the command.
         screen: where to print.
+        report: writes the page of a store and a study, where `sweep.report` asks for it.
 
     Returns:
         0 if all points went well, 1 if some failed.
@@ -482,7 +485,11 @@ def sweep(arguments: Sequence[str], screen: Screen) -> int:
         return 0
     check(plan)
     check_settings(plan)
-    return show(plan, run_study(plan, screen), screen)
+    code = show(plan, run_study(plan, screen), screen)
+    if report is not None and plan.settings().report:
+        page = report(plan.store_path(), plan.study.name)
+        screen.out.print(f"The page: {page}", markup=False)
+    return code
 
 
 def describe(plan: Plan, screen: Screen) -> None:

@@ -323,17 +323,25 @@ def report_parser() -> argparse.ArgumentParser:
 def tool_report(arguments: list[str]) -> int:
     """`raykernel report`."""
     options = report_parser().parse_args(arguments)
+    print(write_report(store_path(options.store), options.name, options.out))
+    return 0
+
+
+def write_report(store: str | Path, study: str | None, out: str | None = None) -> Path:
+    """Write the page of a store or a study.
+
+    Args:
+        store: its folder.
+        study: name; None: the whole store.
+        out: folder of the page; None: below `raykernel-report`.
+
+    Returns:
+        The page.
+    """
     from raykernel.report.write import report
 
-    out = options.out or "/".join(filter(None, ["raykernel-report", options.name]))
-    page = report(
-        store_path(options.store),
-        Path(out),
-        study=options.name,
-        made_by=f"raykernel {version()}",
-    )
-    print(page)
-    return 0
+    folder = Path(out) if out else Path("raykernel-report", *filter(None, [study]))
+    return report(store, folder, study=study, made_by=f"raykernel {version()}")
 
 
 def list_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ study = Study(
           "parameters": "lora", "parameters.target_modules": "[query,value]",
           "parameters.layers_to_transform": "null",
           "compute": "ray", "compute.workers": "2", "kernel.block_size": "24",
-          "sweep.engine": "tune", "sweep.workers": "2",
+          "sweep.engine": "tune", "sweep.workers": "2", "sweep.report": "true",
           "select.max_size": "2", "select.top": "5000", "select.halves": "0",
           "training": "adam", "training.learning_rate": "2e-3", "training.dropout": "false",
           "training.steps": "36", "training.eval_every": "12", "training.keep_weights": "false"},
@@ -29,8 +29,7 @@ study = Study(
     ],
     table=ChoiceTable(
         "kernel", ("LoRA",), shown=FORETOLD, criteria=FORETOLD,
-        next_step="Next: raykernel report quickstart. All criteria, more samples: raykernel sweep "
-        "layer_selection experiment=demo",
+        next_step="All criteria, more samples: raykernel sweep layer_selection experiment=demo",
     ),
     demo={"task.k": "4", "task.seed": "13"},
 )  # fmt: skip

@@ -16,6 +16,7 @@ from raykernel.analysis.correlation import (
     mean_correlation,
     rank_correlation,
 )
+from raykernel.choice_table import ChoiceTable
 from raykernel.console import counted
 from raykernel.convergence import LEVEL, Trained, matched
 from raykernel.report.chart import (
@@ -29,6 +30,7 @@ from raykernel.report.chart import (
 from raykernel.report.evidence import Evidence
 from raykernel.report.ink import colour, cycle
 from raykernel.study import Row
+from raykernel.tried import Tried, tried_choices
 
 _TRIALS = """select trials.*, list(curves order by step) as curve
 from trials join curves using (trial)
@@ -59,6 +61,34 @@ def convergence_chart(evidence: Evidence) -> Chart | None:
         if sum(map(len, found.values())) > sum(map(len, best.values())):
             best = found
     return _convergence(best) if best else None
+
+
+def choices_chart(table: ChoiceTable, rows: Sequence[Row]) -> Chart | None:
+    """The same of a study that trains some of the choices that a selection ranks.
+
+    Args:
+        table: of the study.
+        rows: of all its arms.
+
+    Returns:
+        The figure, with a marker for each arm that trains; None if each has tried too few.
+    """
+    tried = tried_choices(rows, selection=table.selection, training=table.training)
+    points = {
+        arm: [
+            (f"{task}, k={k}, seed {seed}", _trained(one))
+            for (task, k, seed), own in samples.items()
+            for one in own
+        ]
+        for arm, samples in tried.items()
+        if any(len(own) > 2 for own in samples.values())
+    }
+    return _convergence(points) if points else None
+
+
+def _trained(tried: Tried) -> Trained:
+    row = tried.foretold
+    return Trained(tuple(row["layers"]), row, (tried.train_loss,), math.nan, tried.accuracy)
 
 
 def _alike(trials: Sequence[Row]) -> dict[str, list[Row]]:
@@ -105,8 +135,9 @@ def _convergence(points: Mapping[str, Sequence[tuple[str, Trained]]]) -> Chart:
         _correlation_sentence(found),
         "Scatter plots of the condition number of chosen layers at the start against the final "
         "train loss and the accuracy on test; a marker for each choice of modules.",
-        "tables spectra (regularised, of spectrum.sets), curves (last train_loss) and trials "
-        "(finetuned), joined by task, k, seed, layers and modules; Spearman's ρ of every data set, "
+        "tables spectra (regularised, of spectrum.sets) or selections (regularised), curves (last "
+        "train_loss) and trials (finetuned), joined by task, k, seed, layers and modules; "
+        "Spearman's ρ of every data set, "
         "p exact up to eight points, averaged by Fisher's z",
         pa.Table.from_pylist(rows),
         [

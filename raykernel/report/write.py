@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from raykernel.choice_table import ChoiceTable
 from raykernel.console import counted
 from raykernel.convergence import ConvergenceTable
 from raykernel.lambda_table import LambdaTable
 from raykernel.report.chart import Chart, listed
-from raykernel.report.correlations import convergence_chart
+from raykernel.report.correlations import choices_chart, convergence_chart
 from raykernel.report.costs import cost_charts
 from raykernel.report.evidence import Evidence, is_papers_setting, of_study, read_evidence, runs_of
 from raykernel.report.ink import to_png, to_svg
@@ -120,6 +121,8 @@ def _study_page(evidence: Evidence, study: Study, made_by: str) -> Page:
         replace(chart, made=f"{chart.made}\n-- of these, the rows of the study {study.name}")
         for chart in all_charts(own)
     ]
+    if isinstance(study.table, ChoiceTable) and (own_chart := choices_chart(study.table, rows)):
+        charts = [own_chart, *charts]
     tables = sheet_tables(sheets, made)
     # The figure that answers the question comes first, below its sentence.
     lead = next((c for name in _leads(study) for c in charts if c.name == name), None)
@@ -153,7 +156,7 @@ def _leads(study: Study) -> Sequence[str]:
     """Names of the figures that answer a study's question, the best first."""
     if isinstance(study.table, LambdaTable):
         return ["lambda-path"]
-    if isinstance(study.table, ConvergenceTable):
+    if isinstance(study.table, ConvergenceTable | ChoiceTable):
         return ["kappa-and-training"]
     return ["kernel-and-finetuning", "linearized"]
 
