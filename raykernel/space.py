@@ -75,8 +75,8 @@ class Axis:
         return [self.override(value) for value in self.values]
 
     def override(self, value: str | int | float) -> str:
-        """The override of one value."""
-        return f"{self.key}={value}"
+        """The override of one value; of a number drawn from an interval four digits."""
+        return f"{self.key}={value:.4g}" if isinstance(value, float) else f"{self.key}={value}"
 
     @property
     def text(self) -> str:
