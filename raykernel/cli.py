@@ -168,7 +168,7 @@ def run_all(command: str, arguments: list[str]) -> int:
         return 0
     screen = SharedScreen()
     if command in {one.value for one in Command}:
-        from raykernel.sweep import run_many
+        from raykernel.conduct import run_many
 
         return run_many(Command(command), runs, screen)
     for number, run in enumerate(runs, start=1):

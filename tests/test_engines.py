@@ -13,6 +13,7 @@ import pytest
 
 from raykernel import commands
 from raykernel.cli import main
+from raykernel.conduct import arm_points, make_searcher
 from raykernel.console import Screen
 from raykernel.errors import DivergedError, InputError, OutOfMemoryError, RunError, WorkerLostError
 from raykernel.runs import Runner, cause_of, make_run, rows_of, stored
@@ -20,7 +21,7 @@ from raykernel.search import Search, make_sampler
 from raykernel.space import axis_of, make_plan
 from raykernel.store.blocks import Store
 from raykernel.study import Row
-from raykernel.sweep import arm_points, load_study, make_searcher
+from raykernel.sweep import load_study
 from raykernel.terms import Cause, Direction, RunStatus
 from tests import tiny
 
@@ -183,7 +184,9 @@ def test_a_search_averages_over_seeds_and_goes_on_where_it_was(place, capsys):
     assert len(tried) == 2
     trials = Store("store").results("trials").to_pylist()
     for choice in tried:
-        rate = choice.params["training.learning_rate"]
+        (override,) = searcher.search.overrides(choice.params)
+        rate = float(override.split("=")[1])
+        assert rate == pytest.approx(choice.params["training.learning_rate"], rel=1e-3)
         same = [row for row in trials if row["learning_rate"] == rate]
         assert len(same) == 2  # seeds
         means = [statistics.fmean(row[name] for row in same) for name in ("dev", "finetuned")]

@@ -14,10 +14,10 @@ import pytest
 from raykernel.cli import main
 from raykernel.convergence import layer_choices, summed_layers, trained_layers
 from raykernel.errors import InputError
-from raykernel.space import axis_of, check, make_plan
+from raykernel.space import Point, axis_of, check, make_plan
 from raykernel.store.blocks import Store
 from raykernel.study import TaskTable
-from raykernel.sweep import Point, load_study, question_of, study_files
+from raykernel.sweep import load_study, question_of, study_files
 from raykernel.terms import Command
 from tests import tiny
 
