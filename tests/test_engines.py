@@ -15,14 +15,15 @@ from raykernel import commands
 from raykernel.cli import main
 from raykernel.conduct import arm_points, make_searcher
 from raykernel.console import Screen
+from raykernel.engines import by_kernel
 from raykernel.errors import DivergedError, InputError, OutOfMemoryError, RunError, WorkerLostError
 from raykernel.runs import Runner, cause_of, make_run, rows_of, stored
 from raykernel.search import Search, make_sampler
-from raykernel.space import axis_of, make_plan
+from raykernel.space import Point, axis_of, make_plan
 from raykernel.store.blocks import Store
 from raykernel.study import Row
 from raykernel.sweep import load_study
-from raykernel.terms import Cause, Direction, RunStatus
+from raykernel.terms import Cause, Command, Direction, RunStatus
 from tests import tiny
 
 STUDY = """
@@ -162,6 +163,21 @@ def test_an_unforeseen_error_stops_no_other_run(place, monkeypatch, capsys):
     assert "ZeroDivisionError: unforeseen" in printed.err
     assert "Traceback" in printed.err
     assert {row["error"] for row in runs()} == {None, "ZeroDivisionError: unforeseen"}
+
+
+def test_runs_that_share_a_kernel_are_one_job(place):
+    """By kernel: two ridges of one seed; runs that train are jobs of their own."""
+    ridges = make_plan(load_study("rates"), [])
+    (arm,) = ridges.study.arms
+    points = [
+        Point("K", Command.kernel, (*ridges.point(arm, cell, ()).overrides, own), cell, (own,))
+        for cell in ridges.cells()
+        for own in ("solver.ridge=[1]", "solver.ridge=[2]")
+    ]
+    jobs = by_kernel([make_run("rates", point) for point in points])
+    assert [[run.point.own for run in job] for job in jobs] == [[p.own for p in points[:2]]] * 2
+    trained = [make_run("rates", point) for point in arm_points(ridges, arm, [])]
+    assert [len(job) for job in by_kernel(trained)] == [1] * 4
 
 
 def test_no_run_begins_after_the_deadline(place, capsys):
