@@ -42,6 +42,7 @@ from raykernel.terms import (
     Solver,
     Source,
     Stopping,
+    TrackerName,
     Truncation,
 )
 
@@ -782,6 +783,8 @@ class SweepConfig:
     """Run again what failed before by itself: by divergence, memory or an error."""
     seed: int = 0
     """Of the sampler."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Show runs there, too: tensorboard, mlflow, wandb."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "sweep.workers", self.workers, "at least 1")

@@ -30,6 +30,7 @@ from raykernel.store.blocks import Store
 from raykernel.study import Arm, Row, Study, best_on_dev
 from raykernel.summary import best_choices
 from raykernel.terms import Command, EngineName, PromptStyle, RunStatus
+from raykernel.trackers import open_trackers, tells
 
 USER_FOLDER = Path("sweeps")
 """A user's own studies, below the working folder."""
@@ -234,16 +235,26 @@ def run_study(plan: Plan, screen: Screen) -> list[Done]:
     settings = plan.settings()
     Store(plan.store_path()).create()  # before a journal is there, which is no store
     tally = Tally(plan.count(settings), settings.workers, screen)
+    trackers = open_trackers(settings.trackers, plan.store_path())
     runner = make_runner(settings, screen)
+
+    def heard(ended: Ended) -> None:
+        tally.heard(ended)
+        for tracker in trackers if tells(ended) else ():
+            try:
+                tracker.heard(ended, rows_of(ended))
+            except Exception as error:  # whatever another program raises: the store has the run
+                screen.note(f"{type(tracker).__name__}: {type(error).__name__}: {error}")
+
     found: list[Done] = []
     with open_engine(settings, screen, tally.begin) as engine:
         for arm in plan.study.arms:
             if plan.is_searched(arm, settings):
-                ended = search_arm(plan, arm, engine, runner, tally.heard)
+                ended = search_arm(plan, arm, engine, runner, heard)
             else:
                 points = arm_points(plan, arm, found)
                 runs = [make_run(plan.study.name, point) for point in points]
-                ended = complete_runs(runs, engine, runner, tally.heard)
+                ended = complete_runs(runs, engine, runner, heard)
             found += [Done(one, rows_of(one)) for one in ended]
     return found
 

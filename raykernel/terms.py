@@ -285,6 +285,14 @@ class Stopping(Enum):
     """Asynchronous successive halving (Li et al. 2020): those behind at an evaluation."""
 
 
+class TrackerName(Enum):
+    """Where else than in the store runs of a study are shown."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
 class RunStatus(Enum):
     """How a run of a study ended."""
 
