@@ -33,6 +33,7 @@ from raykernel.errors import (
     RaykernelError,
     WorkerLostError,
 )
+from raykernel.location import location
 from raykernel.space import Point
 from raykernel.store.blocks import Store
 from raykernel.store.results import to_json
@@ -66,7 +67,7 @@ class Run:
         """The same in one process: a worker of ours computes itself, on the device it was given."""
         config = self.composed.config
         compute = replace(config.compute, executor=ExecutorName.inline, workers=1, address=None)
-        store = replace(config.store, path=str(Path(config.store.path).resolve()))
+        store = replace(config.store, path=str(location(config.store.path)))
         config = replace(config, compute=compute, store=store)
         return replace(self, composed=replace(self.composed, config=config))
 

@@ -140,12 +140,13 @@ def answer(options: argparse.Namespace) -> pa.Table:
     if first in QUERIES or " " not in first.strip():
         named = named_query(first)
         if first == "missing" and rest:
+            from raykernel.location import location
             from raykernel.planned import planned_runs
             from raykernel.sweep import load_study
 
             name, *overrides = rest
             rest = [load_study(name).name]
-            in_store = f'store.path="{Path(path).absolute()}"'
+            in_store = f'store.path="{location(path)}"'
             tables["planned"] = planned_runs(name, [in_store, *overrides])
         return query(named.sql, path, parameters=named.parameters(first, rest), tables=tables)
     if rest:

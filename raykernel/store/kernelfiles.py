@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from jaxtyping import Float
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.location import RemotePath, StorePath, names
 from raykernel.store import arrowfile, blockfile
 from raykernel.store.arrowfile import ArrowFile
 from raykernel.store.blockfile import Block, Kernels, block_name, logits_name
@@ -30,9 +29,11 @@ PINNED = ("rates", "features", "precision", "projection", "lora")
 class KernelFiles:
     """The folder of a kernel."""
 
-    path: Path
+    path: StorePath
     manifest: Manifest
-    _checked: set[tuple[Path, int, int]] = field(default_factory=set, repr=False, compare=False)
+    _checked: set[tuple[StorePath, int, int]] = field(
+        default_factory=set, repr=False, compare=False
+    )
     # Files (with inode and time) whose checksum this process has compared: once is enough.
 
     @property
@@ -94,7 +95,7 @@ class KernelFiles:
 
     def present(self) -> set[str]:
         """Names of the kernel's files."""
-        return {entry.name for entry in os.scandir(self.path)}
+        return set(names(self.path))
 
     def examples(self) -> pa.Table:
         """The examples, train first, as the table that was handed in."""
@@ -324,6 +325,8 @@ class KernelFiles:
 
     def _read(self, name: str) -> ArrowFile:
         path = self.path / name
+        if isinstance(path, RemotePath):  # fetched anew, and so checked anew
+            return arrowfile.read(path, check=True)
         status = path.stat()
         key = (path, status.st_ino, status.st_mtime_ns)
         file = arrowfile.read(path, check=key not in self._checked)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
 from raykernel.config import StoreConfig
 from raykernel.errors import InputError
+from raykernel.location import StorePath
 from raykernel.store.blocks import open_store
 from raykernel.store.listing import TABLES
 from raykernel.store.results import has_results
@@ -39,7 +39,7 @@ def default_store() -> str:
 
 def query(
     sql: str,
-    store: str | Path | None = None,
+    store: str | StorePath | None = None,
     *,
     parameters: Sequence[str | int | float] = (),
     tables: Mapping[str, pa.Table] | None = None,
