@@ -251,7 +251,7 @@ def location(address: str | Path | RemotePath) -> StorePath:
     if "?" in key or "#" in key or ":" in container.rpartition("@")[0]:
         # Without the rest, which may be a secret.
         raise InputError(
-            f"store.path: found a {protocol} address with credentials or settings in it, expected "
+            f"store.path: found an address with credentials or settings in it, expected "
             f"{protocol}://BUCKET/NAME alone. Credentials come from the environment."
         )
     _check_protocol(protocol)
