@@ -24,6 +24,9 @@ from raykernel.store.manifest import Manifest
 PINNED = ("rates", "features", "precision", "projection", "lora")
 """What a kernel's first worker measures or counts, see `KernelFiles.pin`."""
 
+_FETCHED_BYTES = 1 << 30
+"""Of a remote kernel that a handle keeps on this machine, about."""
+
 
 @dataclass(frozen=True)
 class KernelFiles:
@@ -35,6 +38,7 @@ class KernelFiles:
         default_factory=set, repr=False, compare=False
     )
     # Files (with inode and time) whose checksum this process has compared: once is enough.
+    _fetched: dict[StorePath, ArrowFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -325,12 +329,19 @@ class KernelFiles:
 
     def _read(self, name: str) -> ArrowFile:
         path = self.path / name
-        if isinstance(path, RemotePath):  # fetched anew, and so checked anew
-            return arrowfile.read(path, check=True)
+        if isinstance(path, RemotePath):
+            return self._fetch(path)
         status = path.stat()
         key = (path, status.st_ino, status.st_mtime_ns)
         file = arrowfile.read(path, check=key not in self._checked)
         self._checked.add(key)
+        return file
+
+    def _fetch(self, path: RemotePath) -> ArrowFile:
+        """A remote file: its map is kept, so that a kernel of other layers is not fetched again."""
+        file = self._fetched.get(path) or arrowfile.read(path, check=True)
+        if sum(one.table.nbytes for one in self._fetched.values()) < _FETCHED_BYTES:
+            self._fetched[path] = file
         return file
 
     def read_own(self, name: str, i: int, rows: range) -> tuple[dict[str, Any], pa.Table]:
