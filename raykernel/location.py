@@ -38,6 +38,8 @@ _FOLDER = ".folder"
 """An object that stands for a folder, which object stores do not have."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 """Extra of the package that a protocol needs."""
+_WHOLE: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
+"""How a file is read by one request, without one for its size before."""
 _NO_CREDENTIALS = ("credential", "token", "authentication", "unauthorized")
 """In the names of what libraries raise without or with wrong ones."""
 
@@ -143,7 +145,7 @@ class RemotePath:
     def read_bytes(self) -> bytes:
         """The whole content."""
         with self._reached() as (system, at):
-            return bytes(system.cat_file(at))
+            return bytes(system.cat_file(at, **_WHOLE.get(self.protocol, {})))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The whole content as text."""
@@ -225,7 +227,8 @@ StorePath = Path | RemotePath
 
 def is_remote(text: str) -> bool:
     """Whether an address is one of an object store."""
-    return _MARK in text and not text.startswith(("file://", "local://"))
+    protocol = text.partition(_MARK)[0]
+    return protocol.isalnum() and protocol != text and protocol not in ("file", "local")
 
 
 def location(address: str | Path | RemotePath) -> StorePath:
@@ -365,18 +368,15 @@ def fetch(paths: Iterable[StorePath]) -> dict[StorePath, bytes]:
     if not wanted:
         return {}
     with wanted[0]._reached() as (system, _):
-        keys = {system._strip_protocol(str(path)): path for path in wanted}
-        found = system.cat(list(keys), on_error="return") if len(keys) > 1 else None
-    if found is None:
-        with contextlib.suppress(FileNotFoundError):
-            return {wanted[0]: wanted[0].read_bytes()}
-        return {}
+        keys = [system._strip_protocol(str(path)) for path in wanted]
+        options = _WHOLE.get(wanted[0].protocol, {})
+        found = system.cat_ranges(keys, None, None, **options)
     contents: dict[StorePath, bytes] = {}
-    for key, content in found.items():
+    for path, content in zip(wanted, found, strict=True):
         if isinstance(content, bytes):
-            contents[keys[key]] = content
+            contents[path] = content
         elif not isinstance(content, FileNotFoundError):
-            raise InputError(_explanation(keys[key], content)) from content
+            raise InputError(_explanation(path, content)) from content
     return contents
 
 

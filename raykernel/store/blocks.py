@@ -42,6 +42,8 @@ __all__ = ["KernelHandle", "Store", "open_store"]
 
 MARKER = "raykernel.json"
 
+_known: set[StorePath] = set()
+"""Remote stores that this process has looked at: every look is a request."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
@@ -308,6 +310,8 @@ def require_store(path: StorePath) -> bool:
         InputError: if it is no store, or cannot be reached.
         BlockCorruptError: if its marker is damaged.
     """
+    if path in _known:
+        return True
     marker = path / MARKER
     try:
         content = marker.read_bytes()
@@ -329,6 +333,8 @@ def require_store(path: StorePath) -> bool:
             f"{path}: found a store of format {found}, expected at most {arrowfile.FORMAT}: a "
             f"newer raykernel wrote it. Update raykernel, or choose another store.path."
         )
+    if isinstance(path, RemotePath):
+        _known.add(path)
     return True
 
 

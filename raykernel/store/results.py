@@ -237,7 +237,7 @@ def read_key(root: StorePath, table: str, key: dict[str, Any]) -> list[dict[str,
         Value by column, in the order in which they were written; none if nothing is stored.
     """
     spec, wanted = result_table(table), key_of(table, key)
-    if not (root / spec.folder.format(**key)).is_dir():
+    if spec.folder and not (root / spec.folder.format(**key)).is_dir():
         return []
     while True:
         files = table_files(root, table, wanted)
