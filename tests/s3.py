@@ -13,9 +13,9 @@ _PROGRAM = """
 import sys
 from moto.server import ThreadedMotoServer
 
-server = ThreadedMotoServer(port=0, verbose=True)
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=True)
 server.start()
-print(*server.get_host_and_port(), flush=True)
+print("port", server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
 BUCKET = "lab"
@@ -45,7 +45,7 @@ def serve(folder: Path) -> Iterator[Server]:
             text=True,
         )
     assert process.stdout is not None
-    _, port = process.stdout.readline().split()
+    (port,) = next(line.split()[1:] for line in process.stdout if line.startswith("port "))
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "AKIAOFTHETEST",
