@@ -23,7 +23,7 @@ def store_option(parser: argparse.ArgumentParser) -> None:
         "--store",
         metavar="PATH",
         default=None,
-        help="folder of the store (default: the configured store.path)",
+        help="folder of the store, or s3://BUCKET/NAME (default: the configured store.path)",
     )
 
 

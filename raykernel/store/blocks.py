@@ -289,7 +289,7 @@ def open_store(path: str | StorePath) -> Store:
         InputError: if there is no store.
     """
     store = Store(path)
-    if not (store.path / MARKER).exists():
+    if not require_store(store.path):
         raise InputError(
             f"{store.path}: found no store, expected a folder with {MARKER}. `raykernel kernel` "
             f"creates one; `--store PATH` or store.path=PATH names another."

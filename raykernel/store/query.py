@@ -61,7 +61,7 @@ def query(
         InputError: if there is no store or nothing in it, or the statement is refused.
     """
     opened = open_store(default_store() if store is None else store)
-    if not opened.fingerprints() and not has_results(opened.path):
+    if not has_results(opened.path) and not opened.fingerprints():
         raise InputError(
             f"{opened.path}: found an empty store, expected results. Run `raykernel kernel` or "
             "`raykernel finetune` first."

@@ -36,7 +36,7 @@ import xxhash
 
 from raykernel.config import fingerprint
 from raykernel.errors import BlockCorruptError, nearest
-from raykernel.location import StorePath, fetch, names
+from raykernel.location import RemotePath, StorePath, fetch, names
 from raykernel.store.commit import commit, make_folder, sync_folder
 from raykernel.store.tables import TABLES, ResultTable, result_table
 
@@ -175,6 +175,8 @@ def table_files(root: StorePath, table: str, key: str = "") -> TableFiles:
 
 def has_results(root: StorePath) -> bool:
     """Whether any result was ever written."""
+    if isinstance(root, RemotePath):  # where a folder is there because something lies in it
+        return bool(names(root / FOLDER))
     return any(
         files.answers or files.compacted for files in (table_files(root, name) for name in TABLES)
     )
