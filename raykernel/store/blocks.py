@@ -319,6 +319,8 @@ def require_store(path: StorePath) -> bool:
         _require_empty(path)
         return False
     except NotADirectoryError as error:
+        if not path.exists():  # something above it is a file: no write will succeed
+            return False
         raise InputError(
             f"{path}: found a file, expected a folder. Choose another store.path."
         ) from error
@@ -341,7 +343,8 @@ def require_store(path: StorePath) -> bool:
 def _require_empty(path: StorePath) -> None:
     # A folder with nothing but hidden files, or a fresh volume's lost+found, is an empty one.
     others = [name for name in names(path) if not name.startswith(".") and name != "lost+found"]
-    if others:
+    # Another process may have made it a store, and written to it, since we looked.
+    if others and not (path / MARKER).exists():
         raise InputError(
             f"{path}: found a folder with other files ({', '.join(sorted(others)[:3])}) and no "
             f"{MARKER}, expected a store or an empty folder. Choose another store.path."
