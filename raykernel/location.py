@@ -229,8 +229,7 @@ StorePath = Path | RemotePath
 
 def is_remote(text: str) -> bool:
     """Whether an address is one of an object store."""
-    protocol = text.partition(_MARK)[0]
-    return protocol.isalnum() and protocol != text and protocol not in ("file", "local")
+    return _MARK in text and not text.startswith(("file://", "local://"))
 
 
 def location(address: str | Path | RemotePath) -> StorePath:

@@ -7,6 +7,9 @@
       selections/<choice>/      adapter_config.json of a choice of layers
       results/<table>/          rows of all of these, see results.py
 
+A folder of an object store is there as soon as something lies in it; where nothing else may, an
+object `.folder` stands for it.
+
 Nothing is created before something is written: looking at a store that is not there finds an
 empty one.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,12 +18,16 @@ from raykernel.cli import main
 from raykernel.compute.tensorfile import read_facts, read_tensors, write_tensors
 from raykernel.errors import InputError
 from raykernel.location import RemotePath, fetch, folders, location, names, sizes
+from raykernel.runs import make_run
+from raykernel.space import Point
 from raykernel.store.blocks import Store
 from raykernel.store.commit import commit, commit_first
 from raykernel.store.compaction import compact
 from raykernel.store.grid import Grid
 from raykernel.store.query import query
 from raykernel.store.verify import verify
+from raykernel.terms import Command, TrackerName
+from raykernel.trackers import TensorBoardTracker, open_trackers
 from tests import s3, tiny
 from tests.store import stores
 from tests.test_engines import STUDY
@@ -322,6 +327,27 @@ def test_a_kernel_command_writes_goes_on_answers_and_is_verified(
     assert main(["plan", *remote, "parameters=peft", f"parameters.adapter={choice}"]) == 0
 
 
+def test_the_content_of_a_remote_adapter_is_in_the_name_of_its_runs(here: Path) -> None:
+    place = location("memory://lab/adapters/one")
+    assert isinstance(place, RemotePath)
+    settings = {"parameters": "peft", "parameters__adapter": str(place)}
+    overrides = tuple(tiny.overrides("tiny", **settings))
+    point = Point("LoRA", Command.finetune, overrides, (), ())
+
+    def named(rank: int) -> str:
+        content = {"peft_type": "LORA", "r": rank, "target_modules": ["query"]}
+        (place / "adapter_config.json").write(json.dumps(content).encode())
+        return make_run("ranks", point).id
+
+    assert named(2) == named(2) != named(4)
+
+
+def test_trackers_write_to_a_folder(here: Path) -> None:
+    (tracker,) = open_trackers([TrackerName.tensorboard], location("memory://lab/store"))
+    assert isinstance(tracker, TensorBoardTracker)
+    assert tracker._folder == here / "raykernel-trackers" / "tensorboard"
+
+
 # A driver that dies with SIGKILL before its n-th object.
 KILLED = """
 import os, signal, sys
@@ -415,6 +441,8 @@ def test_an_unknown_protocol_and_a_missing_package_are_said(
 ) -> None:
     with pytest.raises(InputError, match=r"protocol 's4'.*did you mean 's3'"):
         Store("s4://lab/store")
+    with pytest.raises(InputError, match="protocol"):
+        Store("simplecache::s3://lab/store")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InputError, match=r"pip install 'raykernel\[gs\]'"):
         Store("gs://lab/store")
