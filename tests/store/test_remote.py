@@ -132,6 +132,17 @@ def test_what_lies_at_a_place(anywhere: RemotePath) -> None:
     assert not (anywhere / "x.bin").exists()
 
 
+def test_what_others_write_is_seen_at_once(place: RemotePath) -> None:
+    from s3fs import S3FileSystem
+
+    commit(place / "own", b"1")
+    assert names(place) == ["own"]
+    assert not (place / "other").exists()
+    S3FileSystem(skip_instance_cache=True).pipe_file(f"{place.key}/other", b"22")
+    assert sizes(place) == {"other": 2, "own": 1}
+    assert (place / "other").exists()
+
+
 # ---------------------------------------------------------------- kernels and rows
 
 
