@@ -9,8 +9,8 @@ and try the next number. So that all processes on all machines see the same orde
 and a driver that dies takes nothing with it. That needs a store that can refuse to overwrite
 (`If-None-Match` of S3), as `raykernel doctor` tells.
 
-Reading costs a request if nothing is new, and else one per object of several at once; a choice of
-a search writes about four objects for each of its hyperparameters.
+Reading costs a request if nothing is new, and else one per object, many side by side; a choice of a
+search writes about six objects, and one for each of its hyperparameters.
 """
 
 from __future__ import annotations

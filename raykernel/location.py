@@ -17,7 +17,8 @@ Requests, on S3: a block is written by one and read by one, a result row written
 again by five; a question whether there is a file takes two where there is none, a listing one per
 thousand names. A query makes about six, and one more for every answer of the tables that it names
 which is not compacted yet, many side by side; `blocks`, `groups` and `predictions` open each file
-of their kind. A run of a study makes some fifty beside those of its blocks.
+of their kind. A run of a study makes some fifty beside those of its blocks and checkpoints, one
+that is stored some thirty, one after the other.
 """
 
 from __future__ import annotations
