@@ -195,7 +195,7 @@ def make_searcher(
     question = [arm.command.value, asked, cells, spelt(axes), settings.metrics]
     directions = [direction.value for direction in settings.directions]
     search = Search(
-        journal=plan.store_path().resolve() / "sweeps" / f"{name}.journal",
+        journal=plan.store_path() / "sweeps" / f"{name}.journal",
         name=f"{name}, {arm.name}, {fingerprint([*question, directions])}",
         axes=axes,
         sampler=settings.sampler,

@@ -838,7 +838,7 @@ class StoreConfig:
     """Where kernels and results are kept."""
 
     path: str = "raykernel-store"
-    """Folder of the store."""
+    """Folder of the store, or its place in an object store: s3://BUCKET/NAME."""
     kernel: str | None = None
     """Fingerprint (or its beginning) that this run must have; another identity is refused."""
 

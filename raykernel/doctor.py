@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from raykernel.config import RunConfig
 from raykernel.console import Screen, size
 from raykernel.errors import InputError
 from raykernel.jobs import open_executor
+from raykernel.location import RemotePath
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.plan import plan_worker
@@ -115,10 +117,30 @@ def check_truncation(prepared: Prepared) -> Check:
 def check_store(prepared: Prepared) -> Check:
     """The store's folder can be written to."""
     path = Store(prepared.config.store.path).path
+    if isinstance(path, RemotePath):
+        return Check("store", True, f"{path}: {_tried(path)}")
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     ok = os.access(there, os.W_OK)
     return Check("store", ok, f"{path}: {size(free)} free" if ok else f"{there} is not writable")
+
+
+def _tried(path: RemotePath) -> str:
+    """Write, read and delete an object, as a run does; raises what a run would."""
+    probe = path / f".doctor-{uuid.uuid4().hex}"
+    probe.write(b"raykernel")
+    try:
+        probe.read_bytes()
+        try:
+            probe.write(b"", replaces=False)
+        except FileExistsError:
+            return "can be read and written"
+        return (
+            "can be read and written, but overwrites where it should refuse (If-None-Match): let "
+            "one process at a time search (sweep.workers=1)"
+        )
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def check_gradients(prepared: Prepared) -> list[Check]:

@@ -23,6 +23,7 @@ from raykernel.config import RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
 from raykernel.errors import InputError, StoreMismatchError
 from raykernel.jobs import LateExecutor, run_jobs
+from raykernel.location import sizes
 from raykernel.prepared import (
     Prepared,
     example_labels,
@@ -115,7 +116,7 @@ def kernel(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Out
         # A repetition that computed nothing keeps the row that says what the blocks cost.
         if completion.blocks_computed or not store.has_result("kernels", row):
             store.write_result("kernels", row)
-    kept = sum(file.stat().st_size for file in handle.path.iterdir())
+    kept = sum(sizes(handle.path).values())
     return Outcome(
         prepared,
         completion,

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from raykernel.analysis.pareto import Front, pareto
 from raykernel.analysis.predictors import PREDICTORS
@@ -17,6 +16,7 @@ from raykernel.analysis.start import Start
 from raykernel.candidates import Member, stack_kernels, with_groups
 from raykernel.config import SelectConfig
 from raykernel.console import Screen
+from raykernel.location import StorePath
 from raykernel.prepared import Prepared
 from raykernel.spectra import same_gradients
 from raykernel.store.baselines import Measured
@@ -74,7 +74,7 @@ class KindSelection:
     sigma: float
     duplicates: tuple[tuple[str, str], ...]
     """Ids of train examples that the best choice takes for one."""
-    adapter: Path
+    adapter: StorePath
     """Folder of `adapter_config.json`."""
 
 
@@ -86,7 +86,7 @@ def rank(
     *,
     measured: Mapping[str, Measured] | None,
     others: Sequence[tuple[Prepared, KernelHandle]],
-    adapter: Path,
+    adapter: StorePath,
     screen: Screen,
 ) -> KindSelection:
     """Rank choices of candidates by `select.criterion`.

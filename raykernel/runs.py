@@ -33,6 +33,8 @@ from raykernel.errors import (
     RaykernelError,
     WorkerLostError,
 )
+from raykernel.location import is_remote, location
+from raykernel.problem.adapter_config import with_adapter
 from raykernel.space import Point
 from raykernel.store.blocks import Store
 from raykernel.store.results import to_json
@@ -66,7 +68,7 @@ class Run:
         """The same in one process: a worker of ours computes itself, on the device it was given."""
         config = self.composed.config
         compute = replace(config.compute, executor=ExecutorName.inline, workers=1, address=None)
-        store = replace(config.store, path=str(Path(config.store.path).resolve()))
+        store = replace(config.store, path=str(location(config.store.path)))
         config = replace(config, compute=compute, store=store)
         return replace(self, composed=replace(self.composed, config=config))
 
@@ -94,11 +96,15 @@ def make_run(study: str, point: Point, composed: ComposedRun | None = None) -> R
 
 
 def _contents(config: RunConfig) -> list[Json]:
-    """Hashes of the local files that a configuration names."""
+    """Hashes of the local files that a configuration names; a remote adapter as it is."""
     task = config.task
     lmbff = str(Path(task.data_dir, task.lmbff_folder or "")) if task.data_dir else None
-    named = (task.train, task.test, lmbff, config.parameters.adapter, config.model.name)
+    adapter = config.parameters.adapter
+    named = [task.train, task.test, lmbff, adapter, config.model.name]
     found: list[Json] = []
+    if adapter is not None and is_remote(adapter):
+        named.remove(adapter)
+        found.append(with_adapter(config.parameters).adapter)
     for path in (Path(name).expanduser() for name in named if name):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:

@@ -1,4 +1,4 @@
-"""Which hyperparameters to try next: Optuna, on a journal file beside the results.
+"""Which hyperparameters to try next: Optuna, on a journal beside the results.
 
     axes → distributions → ask → choice (overrides) → runs → mean over seeds → tell
 
@@ -14,9 +14,8 @@ import logging
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -27,12 +26,12 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from raykernel.config import SweepConfig, require
 from raykernel.errors import InputError, NonFiniteError, nearest
+from raykernel.journal import open_journal
+from raykernel.location import StorePath
 from raykernel.space import Axis, Plan
 from raykernel.store.tables import TABLES
 from raykernel.study import Arm, Row
@@ -53,7 +52,7 @@ _EVALUATED = ("dev", "dev_loss", "train_loss")
 class Search:
     """A search for the best hyperparameters of one arm in one cell."""
 
-    journal: Path
+    journal: StorePath
     name: str
     """Of the search in the journal: the same question has the same name."""
     axes: Mapping[str, Axis]
@@ -76,8 +75,7 @@ class Search:
 
     def storage(self) -> JournalStorage:
         """The journal."""
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(_Journal(str(self.journal)))
+        return JournalStorage(open_journal(self.journal))
 
     def sampler_object(self, *, slot: int = 0) -> optuna.samplers.BaseSampler:
         """Optuna's sampler; another slot gives a random one other numbers."""
@@ -239,23 +237,6 @@ def _table_of(plan: Plan, arm: Arm) -> str:
     return {Command.kernel: "kernels", Command.spectrum: "spectra"}.get(
         arm.command, "selections" if arm.command is Command.select else "behavior"
     )
-
-
-class _Journal(JournalFileBackend):
-    """Reads once more what another process has not written to its end.
-
-    A line that is being appended can be seen in part, or as zeros; Optuna takes that for damage.
-    """
-
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """The log from a line on."""
-        patient = Retrying(
-            retry=retry_if_exception_type(ValueError),
-            wait=wait_exponential(0.01, max=1),
-            stop=stop_after_attempt(8),
-            reraise=True,
-        )
-        return iter(patient(lambda: list(super(_Journal, self).read_logs(log_number_from))))
 
 
 def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:

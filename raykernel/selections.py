@@ -13,7 +13,6 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from raykernel.analysis.predictors import PREDICTORS, Reads
 from raykernel.analysis.stability import Stability
@@ -83,7 +82,7 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
             members,
             measured=measured,
             others=others,
-            adapter=Path(config.store.path) / "selections" / f"selection-{key}",
+            adapter=store.path / "selections" / f"selection-{key}",
             screen=screen,
         )
         best = [path for member in one.choices[0].members for path in member.modules]
@@ -235,7 +234,7 @@ def result_rows(
     }
     shown = {choice.members for choice in found.choices[:-1]}
     others = [choice for choice in found.front if choice.members not in shown]
-    folder = found.adapter.relative_to(Path(config.store.path)).as_posix()
+    folder = f"selections/{found.adapter.name}"
     return [
         common
         | {

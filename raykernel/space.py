@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
@@ -29,6 +28,7 @@ from raykernel.compose import (
 )
 from raykernel.config import RunConfig, SweepConfig
 from raykernel.errors import InputError
+from raykernel.location import StorePath, location
 from raykernel.study import Arm, Study
 from raykernel.terms import Command
 
@@ -143,9 +143,9 @@ class Plan:
         """How its runs are chosen and run."""
         return self._composed().config.sweep
 
-    def store_path(self) -> Path:
+    def store_path(self) -> StorePath:
         """The store of all runs."""
-        return Path(self._composed().config.store.path)
+        return location(self._composed().config.store.path)
 
     def _composed(self) -> ComposedRun:
         arm = self.study.arms[0]

@@ -19,6 +19,7 @@ from pathlib import Path
 from raykernel.conduct import Done, arm_points, run_study
 from raykernel.console import Screen, counted
 from raykernel.errors import InputError, nearest
+from raykernel.location import StorePath
 from raykernel.published import sweeps_dir
 from raykernel.search import check_settings
 from raykernel.space import Plan, check, make_plan, spelt
@@ -125,7 +126,7 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def sweep(
-    arguments: Sequence[str], screen: Screen, report: Callable[[Path, str], Path] | None = None
+    arguments: Sequence[str], screen: Screen, report: Callable[[StorePath, str], Path] | None = None
 ) -> int:
     """`raykernel sweep [NAME [overrides]]`.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raykernel.errors import InputError
+from raykernel.location import StorePath
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +35,7 @@ def store_option(parser: argparse.ArgumentParser) -> None:
         "--store",
         metavar="PATH",
         default=None,
-        help="folder of the store (default: the configured store.path)",
+        help="folder of the store, or s3://BUCKET/NAME (default: the configured store.path)",
     )
 
 
@@ -151,12 +152,13 @@ def answer(options: argparse.Namespace) -> pa.Table:
     if first in QUERIES or " " not in first.strip():
         named = named_query(first)
         if first == "missing" and rest:
+            from raykernel.location import location
             from raykernel.planned import planned_runs
             from raykernel.sweep import load_study
 
             name, *overrides = rest
             rest = [load_study(name).name]
-            in_store = f'store.path="{Path(path).absolute()}"'
+            in_store = f'store.path="{location(path)}"'
             tables["planned"] = planned_runs(name, [in_store, *overrides])
         return query(named.sql, path, parameters=named.parameters(first, rest), tables=tables)
     if rest:
@@ -327,7 +329,7 @@ def tool_report(arguments: list[str]) -> int:
     return 0
 
 
-def write_report(store: str | Path, study: str | None, out: str | None = None) -> Path:
+def write_report(store: str | StorePath, study: str | None, out: str | None = None) -> Path:
     """Write the page of a store or a study.
 
     Args:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from raykernel.errors import InputError
+from raykernel.location import StorePath
 from raykernel.runs import Ended
 from raykernel.study import Row
 from raykernel.terms import RunStatus, TrackerName
@@ -151,17 +152,19 @@ _TRACKERS: dict[TrackerName, Callable[[Path], Tracker]] = {
 }
 
 
-def open_trackers(names: Sequence[TrackerName], store: Path) -> list[Tracker]:
+def open_trackers(names: Sequence[TrackerName], store: StorePath) -> list[Tracker]:
     """The trackers that a configuration names.
 
     Args:
         names: which.
-        store: folder of the store, where they keep what they keep in files.
+        store: folder of the store, where they keep what they keep in files; beside an object
+            store, that is `./raykernel-trackers`, for their programs read folders.
 
     Returns:
         The trackers.
     """
-    return [_TRACKERS[name](store / "trackers") for name in names]
+    here = store / "trackers" if isinstance(store, Path) else Path("raykernel-trackers").absolute()
+    return [_TRACKERS[name](here) for name in names]
 
 
 def curve_of(rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, float]]]:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from raykernel.compute.executor import Executor, versions
@@ -22,6 +21,7 @@ from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fi
 from raykernel.console import Screen, counted, duration, size
 from raykernel.errors import BlockCorruptError, InputError, RunError
 from raykernel.jobs import LateExecutor
+from raykernel.location import StorePath
 from raykernel.prepared import Prepared, example_labels, prepare, problem_columns
 from raykernel.store.blocks import Store
 from raykernel.store.trials import TrialFiles
@@ -238,7 +238,7 @@ def train(
 
 def run_steps(
     make: Callable[[], Callable[[int], Receipt[ResultT]]],
-    checkpoint: Path,
+    checkpoint: StorePath,
     *,
     spec: TrialSpec,
     executor: Executor,
@@ -302,7 +302,7 @@ def _ends(training: TrainingConfig, done: int) -> list[int]:
     return [*sorted(end for end in ends if end > done), training.steps]
 
 
-def _steps_done(checkpoint: Path, screen: Screen) -> int:
+def _steps_done(checkpoint: StorePath, screen: Screen) -> int:
     """Where the run goes on; a damaged checkpoint is dropped."""
     from raykernel.compute.tensorfile import read_facts  # a stored trial needs none of it
 

@@ -33,10 +33,12 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from raykernel.cache import cache_folder
 from raykernel.compute import trouble
-from raykernel.config import ComputeConfig
+from raykernel.config import ComputeConfig, fingerprint
 from raykernel.engines import Heard, Job, PoolEngine, Searcher, by_resources, first_run, lost
 from raykernel.errors import WorkerLostError
+from raykernel.location import RemotePath, StorePath
 from raykernel.runs import Ended, Runner, store_of, write_down
 from raykernel.search import Search, note_runs
 from raykernel.terms import RunStatus, Stopping
@@ -114,7 +116,7 @@ class TuneEngine(PoolEngine):
         compute: ComputeConfig,
         *,
         news: _News,
-        folder: Path,
+        folder: StorePath,
         space: dict[str, Any] | None = None,
         asking: _Asking | None = None,
         count: int = 1,
@@ -123,7 +125,7 @@ class TuneEngine(PoolEngine):
         self.start(compute)
         for name in ("ray.tune", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        scratch = _scratch(folder.resolve() / ".tune")
+        scratch = _scratch(folder / ".tune" if isinstance(folder, Path) else _away(folder))
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": compute.num_cpus, "gpu": compute.num_gpus}),
             param_space=space,
@@ -160,6 +162,11 @@ class TuneEngine(PoolEngine):
             grace_period=settings.grace,
             reduction_factor=settings.reduction,
         )
+
+
+def _away(folder: RemotePath) -> Path:
+    """A folder for the same on this machine: Tune's snapshots are nothing that a store keeps."""
+    return cache_folder() / "tune" / fingerprint(str(folder))
 
 
 def _scratch(folder: Path) -> Path:

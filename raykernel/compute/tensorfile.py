@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.location import StorePath, local_copy
 from raykernel.store.commit import commit_written
 
 _FACTS = "raykernel"
@@ -32,7 +33,7 @@ _DTYPES = {
 """As the format spells what parameters and optimisers are made of."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Json]) -> int:
+def write_tensors(path: StorePath, tensors: Mapping[str, Tensor], facts: Mapping[str, Json]) -> int:
     """Commit tensors and facts as one file.
 
     Args:
@@ -64,7 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     return commit_written(path, write, num_bytes=8 + len(text) + end)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: StorePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote, on the CPU.
 
     Args:
@@ -77,7 +78,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: StorePath) -> dict[str, Any]:
     """The facts alone, without reading a tensor.
 
     Args:
@@ -95,7 +96,7 @@ def _facts(file: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: StorePath) -> Iterator[Any]:
     """The open file.
 
     Yields:
@@ -106,7 +107,7 @@ def _opened(path: Path) -> Iterator[Any]:
         BlockCorruptError: if it is damaged or foreign.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with local_copy(path) as copy, safe_open(copy, framework="pt") as file:
             yield file
     except (SafetensorError, ValueError, LookupError) as error:
         raise BlockCorruptError(

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.errors import InputError
+from raykernel.location import StorePath
 from raykernel.problem.probe import Head
 from raykernel.problem.readout import Probed
 from raykernel.store.trials import TrialFiles
 
 
-def write_head(path: Path, head: Head) -> None:
+def write_head(path: StorePath, head: Head) -> None:
     """Commit the linear head that a trial starts from."""
     tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
     write_tensors(path, tensors, {})
 
 
-def read_head(path: Path) -> Head:
+def read_head(path: StorePath) -> Head:
     """The linear head that a trial starts from.
 
     Args:

@@ -9,6 +9,7 @@ from typing import Any
 
 from raykernel.config import ParametersConfig, canonical_json
 from raykernel.errors import InputError
+from raykernel.location import is_remote, location
 
 FILE = "adapter_config.json"
 
@@ -34,8 +35,9 @@ def with_adapter(parameters: ParametersConfig) -> ParametersConfig:
 
 
 def _content(adapter: str) -> dict[str, Any]:
-    text, path = adapter, Path(adapter)
+    text = adapter
     if not adapter.lstrip().startswith("{"):
+        path = location(adapter) if is_remote(adapter) else Path(adapter)
         path = path / FILE if path.is_dir() else path
         try:
             text = path.read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from raykernel.choice_table import ChoiceTable
 from raykernel.console import counted
 from raykernel.convergence import ConvergenceTable
 from raykernel.lambda_table import LambdaTable
+from raykernel.location import StorePath
 from raykernel.report.chart import Chart, listed
 from raykernel.report.correlations import choices_chart, convergence_chart
 from raykernel.report.costs import cost_charts
@@ -44,7 +45,7 @@ _RESULTS = {
 """What a table holds, and how to count it."""
 
 
-def report(store: str | Path, out: Path, *, study: str | None = None, made_by: str) -> Path:
+def report(store: str | StorePath, out: Path, *, study: str | None = None, made_by: str) -> Path:
     """Write a report.
 
     Args:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from jaxtyping import Shaped
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError, InputError
+from raykernel.location import RemotePath, StorePath, local_copy
 from raykernel.store.commit import commit
 
 FORMAT = 1
@@ -41,7 +41,7 @@ class ArrowFile:
     table: pa.Table
 
 
-def write(path: Path, table: pa.Table, header: dict[str, Json]) -> int:
+def write(path: StorePath, table: pa.Table, header: dict[str, Json]) -> int:
     """Write a table with its header, at once.
 
     Args:
@@ -62,7 +62,7 @@ def write(path: Path, table: pa.Table, header: dict[str, Json]) -> int:
     return commit(path, memoryview(sink.getvalue()))
 
 
-def read(path: Path, *, check: bool) -> ArrowFile:
+def read(path: StorePath, *, check: bool) -> ArrowFile:
     """Memory-map a file.
 
     Args:
@@ -78,7 +78,7 @@ def read(path: Path, *, check: bool) -> ArrowFile:
         FileNotFoundError: if it is absent.
     """
     # Closing the source frees its descriptor; the buffers keep the map alive.
-    with pa.memory_map(str(path)) as source, _blaming(path):
+    with local_copy(path) as file, pa.memory_map(str(file)) as source, _blaming(path):
         table = pa.ipc.open_file(source).read_all()
         header, text = _header(table.schema)
         if check:
@@ -87,7 +87,7 @@ def read(path: Path, *, check: bool) -> ArrowFile:
     return ArrowFile(header, table)
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: StorePath) -> dict[str, Any]:
     """The header alone, unchecked: for listings.
 
     Args:
@@ -100,7 +100,9 @@ def read_header(path: Path) -> dict[str, Any]:
         BlockCorruptError: if the file has none.
         FileNotFoundError: if it is absent.
     """
-    with pa.memory_map(str(path)) as source, _blaming(path):
+    # Of a remote file only this part is fetched.
+    opened = path.open() if isinstance(path, RemotePath) else pa.memory_map(str(path))
+    with opened as source, _blaming(path):
         header, _ = _header(pa.ipc.open_file(source).schema)
     _require_format(path, header)
     return header
@@ -120,7 +122,7 @@ def lists(matrix: Shaped[np.ndarray, "n d"], dtype: str) -> pa.FixedSizeListArra
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), matrix.shape[1])
 
 
-def damage(path: Path, reason: str) -> str:
+def damage(path: StorePath, reason: str) -> str:
     """What to say of a file that cannot be trusted, with the way out."""
     return (
         f"{path}: damaged or foreign ({reason}). Expected a file that raykernel wrote. Run "
@@ -129,7 +131,7 @@ def damage(path: Path, reason: str) -> str:
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def _blaming(path: StorePath) -> Iterator[None]:
     """Whatever goes wrong between opening a file and comparing its checksum is its damage."""
     try:
         yield
@@ -152,7 +154,7 @@ def _require_whole(text: bytes, table: pa.Table) -> None:
         raise ValueError(f"checksum {found}, expected {expected}")
 
 
-def _require_format(path: Path, header: dict[str, Any]) -> None:
+def _require_format(path: StorePath, header: dict[str, Any]) -> None:
     if header["format"] > FORMAT:
         raise InputError(
             f"{path}: found format {header['format']}, expected at most {FORMAT}: a newer "
@@ -185,7 +187,7 @@ def _is_numeric(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.FixedShapeTensorType) or pa.types.is_fixed_size_list(kind)
 
 
-def _root(path: Path) -> Path:
+def _root(path: StorePath) -> StorePath:
     """The store that a file lies in: the nearest folder above with a marker."""
     for folder in path.parents:
         if (folder / "raykernel.json").exists():

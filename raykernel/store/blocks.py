@@ -1,4 +1,4 @@
-"""The store: one folder that holds kernels and results.
+"""The store: one folder, here or in an object store, that holds kernels and results.
 
     <store.path>/
       raykernel.json            marker: {"format": 1}
@@ -7,6 +7,9 @@
       selections/<choice>/      adapter_config.json of a choice of layers
       results/<table>/          rows of all of these, see results.py
 
+A folder of an object store is there as soon as something lies in it; where nothing else may, an
+object `.folder` stands for it.
+
 Nothing is created before something is written: looking at a store that is not there finds an
 empty one.
 """
@@ -14,8 +17,8 @@ empty one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,15 @@ from jaxtyping import Float
 
 from raykernel.config import Json, differences, fingerprint, plain
 from raykernel.errors import BlockCorruptError, InputError, nearest
+from raykernel.location import (
+    RemotePath,
+    StorePath,
+    location,
+    names,
+    require_container,
+)
 from raykernel.store import arrowfile, manifest, results
-from raykernel.store.commit import commit, is_temporary, make_folder
+from raykernel.store.commit import commit, make_folder
 from raykernel.store.grid import Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import Manifest
@@ -35,22 +45,21 @@ __all__ = ["KernelHandle", "Store", "open_store"]
 
 MARKER = "raykernel.json"
 
+_known: set[StorePath] = set()
+"""Remote stores that this process has looked at: every look is a request."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+
 
 class Store:
     """A folder of kernels and results. The folder is created by the first write.
 
     Attributes:
-        path: the folder, absolute.
+        path: the folder, absolute, or its place in an object store.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        if "://" in str(path):
-            raise InputError(
-                f"store.path: found the URI {path}, expected a folder. Mount the bucket, or "
-                f"choose a folder that all workers share."
-            )
-        self.path = Path(path).expanduser().absolute()
-        self._checked: set[tuple[Path, int, int]] = set()
+    def __init__(self, path: str | StorePath) -> None:
+        self.path = location(path)
+        self._checked: set[tuple[StorePath, int, int]] = set()
         require_store(self.path)
 
     # ------------------------------------------------------------ kernels
@@ -107,8 +116,6 @@ class Store:
 
     def fingerprints(self) -> list[str]:
         """Names of the stored kernels."""
-        if not self._kernels.is_dir():
-            return []
         return sorted(path.parent.name for path in self._kernels.glob(f"*/{manifest.NAME}"))
 
     def resolve(self, fingerprint: str | None = None) -> str:
@@ -123,6 +130,8 @@ class Store:
         Raises:
             InputError: if no kernel or several have this name.
         """
+        if fingerprint and self._is_begun(fingerprint):
+            return fingerprint
         stored = self.fingerprints()
         found = [name for name in stored if name.startswith(fingerprint or "")]
         if len(found) == 1 or fingerprint in found:
@@ -174,7 +183,7 @@ class Store:
 
     def has(self, identity: dict[str, Json]) -> bool:
         """Whether the kernel of this identity has been begun."""
-        return fingerprint(identity) in self.fingerprints()
+        return self._is_begun(fingerprint(identity))
 
     def kernel(
         self,
@@ -229,12 +238,12 @@ class Store:
 
     # ------------------------------------------------------------ results
 
-    def write_result(self, table: str, row: dict[str, object]) -> Path:
+    def write_result(self, table: str, row: dict[str, object]) -> StorePath:
         """Commit one result row, see `results.write_result`."""
         self.create()
         return results.write_result(self.path, table, row)
 
-    def write_results(self, table: str, rows: Sequence[dict[str, object]]) -> Path:
+    def write_results(self, table: str, rows: Sequence[dict[str, object]]) -> StorePath:
         """Commit rows of one key, see `results.write_results`."""
         self.create()
         return results.write_results(self.path, table, rows)
@@ -253,19 +262,24 @@ class Store:
 
     # ------------------------------------------------------------ inside
 
+    def _is_begun(self, name: str) -> bool:
+        """Whether there is a kernel of this whole name."""
+        return (
+            bool(_FINGERPRINT.fullmatch(name)) and (self._kernels / name / manifest.NAME).exists()
+        )
+
     @property
-    def _kernels(self) -> Path:
+    def _kernels(self) -> StorePath:
         return self.path / "kernels"
 
     def create(self) -> None:
         """Make the folder a store; one that is there stays as it is."""
         make_folder(self.path)
-        require_store(self.path)
-        if not (self.path / MARKER).exists():
+        if not require_store(self.path):
             commit(self.path / MARKER, json.dumps({"format": arrowfile.FORMAT}).encode())
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: str | StorePath) -> Store:
     """Open a store that exists.
 
     Args:
@@ -278,7 +292,7 @@ def open_store(path: str | Path) -> Store:
         InputError: if there is no store.
     """
     store = Store(path)
-    if not (store.path / MARKER).exists():
+    if not require_store(store.path):
         raise InputError(
             f"{store.path}: found no store, expected a folder with {MARKER}. `raykernel kernel` "
             f"creates one; `--store PATH` or store.path=PATH names another."
@@ -286,36 +300,35 @@ def open_store(path: str | Path) -> Store:
     return store
 
 
-def require_store(path: Path) -> None:
+def require_store(path: StorePath) -> bool:
     """Refuse a folder that holds something else than a store of a format we know.
 
     Args:
         path: a folder, which need not exist.
 
+    Returns:
+        Whether it is a store already.
+
     Raises:
-        InputError: if it is no store.
+        InputError: if it is no store, or cannot be reached.
         BlockCorruptError: if its marker is damaged.
     """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise InputError(f"{path}: found a file, expected a folder. Choose another store.path.")
+    if path in _known:
+        return True
     marker = path / MARKER
-    # A folder with nothing but hidden files, or a fresh volume's lost+found, is an empty one.
-    others = [
-        entry.name
-        for entry in path.iterdir()
-        if not entry.name.startswith(".") and not is_temporary(entry) and entry.name != "lost+found"
-    ]
-    if not marker.exists():
-        if others:
-            raise InputError(
-                f"{path}: found a folder with other files ({', '.join(sorted(others)[:3])}) and no "
-                f"{MARKER}, expected a store or an empty folder. Choose another store.path."
-            )
-        return
     try:
-        found = int(json.loads(marker.read_bytes())["format"])
+        content = marker.read_bytes()
+    except FileNotFoundError:
+        _require_empty(path)
+        return False
+    except NotADirectoryError as error:
+        if not path.exists():  # something above it is a file: no write will succeed
+            return False
+        raise InputError(
+            f"{path}: found a file, expected a folder. Choose another store.path."
+        ) from error
+    try:
+        found = int(json.loads(content)["format"])
     except (ValueError, TypeError, LookupError) as error:
         raise BlockCorruptError(
             f'{marker}: damaged, expected {{"format": {arrowfile.FORMAT}}}. Write that into it.'
@@ -325,3 +338,19 @@ def require_store(path: Path) -> None:
             f"{path}: found a store of format {found}, expected at most {arrowfile.FORMAT}: a "
             f"newer raykernel wrote it. Update raykernel, or choose another store.path."
         )
+    if isinstance(path, RemotePath):
+        _known.add(path)
+    return True
+
+
+def _require_empty(path: StorePath) -> None:
+    # A folder with nothing but hidden files, or a fresh volume's lost+found, is an empty one.
+    others = [name for name in names(path) if not name.startswith(".") and name != "lost+found"]
+    # Another process may have made it a store, and written to it, since we looked.
+    if others and not (path / MARKER).exists():
+        raise InputError(
+            f"{path}: found a folder with other files ({', '.join(sorted(others)[:3])}) and no "
+            f"{MARKER}, expected a store or an empty folder. Choose another store.path."
+        )
+    if isinstance(path, RemotePath):
+        require_container(path)

@@ -4,12 +4,16 @@ A file is written under a temporary name in its own folder, synced and renamed: 
 the commit. A crash leaves at most a temporary, whose name begins with a dot, so that no Arrow
 reader takes it for data. The folder itself is not synced: a rename lost in a power cut means one
 block computed again, and syncing would double the cost of every write.
+
+In an object store a file is written straight under its name, for an object appears when all of it
+is there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from raykernel.errors import InputError, StorageFullError
+from raykernel.location import RemotePath, StorePath, keep_folder
 
 _SUFFIX = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -26,7 +31,7 @@ STALE_SECONDS = 3600.0
 """Age from which a temporary counts as left behind: no write takes nearly as long."""
 
 
-def commit_first(path: Path, payload: bytes | memoryview) -> int:
+def commit_first(path: StorePath, payload: bytes | memoryview) -> int:
     """Write a file at once unless there is one: of several writers, one wins for all.
 
     Args:
@@ -41,6 +46,12 @@ def commit_first(path: Path, payload: bytes | memoryview) -> int:
         InputError: likewise.
         OSError: likewise.
     """
+    if isinstance(path, RemotePath):
+        try:
+            path.write(payload, replaces=False)
+        except FileExistsError:
+            return 0
+        return len(payload)
     staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.first{_SUFFIX}")
     num_bytes = commit(staged, payload)
     try:
@@ -54,7 +65,7 @@ def commit_first(path: Path, payload: bytes | memoryview) -> int:
     return num_bytes
 
 
-def commit(path: Path, payload: bytes | memoryview) -> int:
+def commit(path: StorePath, payload: bytes | memoryview) -> int:
     """Write a file at once; an older file of this name is replaced.
 
     Args:
@@ -69,6 +80,9 @@ def commit(path: Path, payload: bytes | memoryview) -> int:
         InputError: if the folder cannot be written to.
         OSError: for any other failure of the device.
     """
+    if isinstance(path, RemotePath):
+        path.write(payload)
+        return len(payload)
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(payload)
@@ -76,7 +90,7 @@ def commit(path: Path, payload: bytes | memoryview) -> int:
     return commit_written(path, write, num_bytes=len(payload))
 
 
-def commit_written(path: Path, write: Callable[[Path], None], *, num_bytes: int) -> int:
+def commit_written(path: StorePath, write: Callable[[Path], None], *, num_bytes: int) -> int:
     """The same for content that a function writes.
 
     Args:
@@ -92,6 +106,8 @@ def commit_written(path: Path, write: Callable[[Path], None], *, num_bytes: int)
         InputError: likewise.
         OSError: likewise.
     """
+    if isinstance(path, RemotePath):
+        return _upload_written(path, write)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_SUFFIX}")
     try:
         write(temporary)
@@ -106,12 +122,22 @@ def commit_written(path: Path, write: Callable[[Path], None], *, num_bytes: int)
     return written
 
 
-def sync_folder(path: Path) -> None:
+def _upload_written(path: RemotePath, write: Callable[[Path], None]) -> int:
+    with tempfile.TemporaryDirectory(prefix="raykernel-") as folder:
+        copy = Path(folder) / path.name
+        write(copy)
+        path.upload(copy)
+        return copy.stat().st_size
+
+
+def sync_folder(path: StorePath) -> None:
     """Have the device keep the names in a folder, as `commit` alone does not.
 
     Args:
-        path: the folder.
+        path: the folder; an object store keeps them by itself.
     """
+    if isinstance(path, RemotePath):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -119,15 +145,20 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: StorePath, *, lasts: bool = False) -> None:
     """Create a folder and its parents unless they exist.
 
     Args:
-        path: the folder.
+        path: the folder; in an object store there is one as soon as something lies in it.
+        lasts: it is to be there also while nothing else lies in it.
 
     Raises:
         OSError: for failures that have no better name.
     """
+    if isinstance(path, RemotePath):
+        if lasts:
+            keep_folder(path)
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,21 +191,20 @@ def _explain(error: OSError, path: Path, num_bytes: int) -> NoReturn:
     raise error
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether the file is one that `commit` has not finished."""
-    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
-
-
-def stale_temporaries(root: Path, *, older_than_seconds: float = STALE_SECONDS) -> Iterator[Path]:
+def stale_temporaries(
+    root: StorePath, *, older_than_seconds: float = STALE_SECONDS
+) -> Iterator[StorePath]:
     """Temporaries that no running process can still be writing.
 
     Args:
-        root: folder searched with all below it.
+        root: folder searched with all below it; an object store has none.
         older_than_seconds: age from which one counts as left behind.
 
     Yields:
         Their paths.
     """
+    if isinstance(root, RemotePath):
+        return
     for path in sorted(root.rglob(f".*{_SUFFIX}")):
         try:
             age_seconds = time.time() - path.stat().st_mtime

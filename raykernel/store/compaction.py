@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
 from raykernel.errors import BlockCorruptError
+from raykernel.location import StorePath, fetch
 from raykernel.store.blocks import open_store
 from raykernel.store.results import (
     COMPACTED,
@@ -39,11 +39,11 @@ class CompactedTable:
     """In the file that it wrote."""
     num_files: int
     """That this one replaces."""
-    damaged: tuple[Path, ...] = ()
+    damaged: tuple[StorePath, ...] = ()
     """Files that it left where they are; `verify` tells why."""
 
 
-def compact(path: str | Path) -> list[CompactedTable]:
+def compact(path: str | StorePath) -> list[CompactedTable]:
     """Merge the result rows of every table of a store into one file each.
 
     To be called at any time and by anybody; a table that is one file already is left alone.
@@ -59,7 +59,7 @@ def compact(path: str | Path) -> list[CompactedTable]:
     return [table for table in done if table is not None]
 
 
-def _compact_table(root: Path, name: str, spec: ResultTable) -> CompactedTable | None:
+def _compact_table(root: StorePath, name: str, spec: ResultTable) -> CompactedTable | None:
     while True:
         files = table_files(root, name)
         if not files.answers and len(files.compacted) < 2:
@@ -82,14 +82,16 @@ def _compact_table(root: Path, name: str, spec: ResultTable) -> CompactedTable |
     return CompactedTable(name, rows.num_rows, len(merged), damaged)
 
 
-def _read_all(files: TableFiles, spec: ResultTable) -> Iterator[tuple[Path, pa.Table | None]]:
+def _read_all(files: TableFiles, spec: ResultTable) -> Iterator[tuple[StorePath, pa.Table | None]]:
     """Every file that counts with its rows, None for a damaged one."""
+    wanted = (*files.compacted, *files.newest().values())
+    fetched = fetch(wanted)
 
-    def rows(path: Path) -> pa.Table | None:
+    def rows(path: StorePath) -> pa.Table | None:
         try:
-            return read_file(path, spec)
+            return read_file(path, spec, fetched.get(path))
         except BlockCorruptError:
             return None
 
-    for path in (*files.compacted, *files.newest().values()):
+    for path in wanted:
         yield path, rows(path)

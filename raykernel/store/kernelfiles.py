@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from jaxtyping import Float
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.location import RemotePath, StorePath, names
 from raykernel.store import arrowfile, blockfile
 from raykernel.store.arrowfile import ArrowFile
 from raykernel.store.blockfile import Block, Kernels, block_name, logits_name
@@ -25,15 +24,21 @@ from raykernel.store.manifest import Manifest
 PINNED = ("rates", "features", "precision", "projection", "lora")
 """What a kernel's first worker measures or counts, see `KernelFiles.pin`."""
 
+_FETCHED_BYTES = 1 << 30
+"""Of a remote kernel that a handle keeps on this machine, about."""
+
 
 @dataclass(frozen=True)
 class KernelFiles:
     """The folder of a kernel."""
 
-    path: Path
+    path: StorePath
     manifest: Manifest
-    _checked: set[tuple[Path, int, int]] = field(default_factory=set, repr=False, compare=False)
+    _checked: set[tuple[StorePath, int, int]] = field(
+        default_factory=set, repr=False, compare=False
+    )
     # Files (with inode and time) whose checksum this process has compared: once is enough.
+    _fetched: dict[StorePath, ArrowFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +99,7 @@ class KernelFiles:
 
     def present(self) -> set[str]:
         """Names of the kernel's files."""
-        return {entry.name for entry in os.scandir(self.path)}
+        return set(names(self.path))
 
     def examples(self) -> pa.Table:
         """The examples, train first, as the table that was handed in."""
@@ -324,10 +329,19 @@ class KernelFiles:
 
     def _read(self, name: str) -> ArrowFile:
         path = self.path / name
+        if isinstance(path, RemotePath):
+            return self._fetch(path)
         status = path.stat()
         key = (path, status.st_ino, status.st_mtime_ns)
         file = arrowfile.read(path, check=key not in self._checked)
         self._checked.add(key)
+        return file
+
+    def _fetch(self, path: RemotePath) -> ArrowFile:
+        """A remote file: its map is kept, so that a kernel of other layers is not fetched again."""
+        file = self._fetched.get(path) or arrowfile.read(path, check=True)
+        if sum(one.table.nbytes for one in self._fetched.values()) < _FETCHED_BYTES:
+            self._fetched[path] = file
         return file
 
     def read_own(self, name: str, i: int, rows: range) -> tuple[dict[str, Any], pa.Table]:

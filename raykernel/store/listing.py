@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raykernel.location import names, sizes
 from raykernel.store import arrowfile, kernelcolumns, manifest, tables
 from raykernel.store.blockfile import BLOCK_GLOB
 from raykernel.store.blocks import Store
@@ -54,15 +56,16 @@ def _blocks(store: Store) -> pa.Table:
     return table.cast(_BLOCKS)
 
 
-def _names(handle: KernelHandle) -> dict[str, Any]:
+def _task_and_model(handle: KernelHandle) -> dict[str, Any]:
     return {key: manifest.at(handle.identity, key, "name") for key in ("task", "model")}
 
 
 def _block_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
-    names = _names(handle)
-    for path in sorted(handle.path.glob(BLOCK_GLOB)):
-        header = arrowfile.read_header(path)
-        yield {**header, **header.get("provenance", {}), **names, "bytes": path.stat().st_size}
+    bytes_by_name = sizes(handle.path)
+    for name in sorted(fnmatch.filter(bytes_by_name, BLOCK_GLOB)):
+        header = arrowfile.read_header(handle.path / name)
+        found = {**header, **header.get("provenance", {}), "bytes": bytes_by_name[name]}
+        yield found | _task_and_model(handle)
 
 
 def _examples(store: Store) -> pa.Table:
@@ -108,12 +111,13 @@ def _predictions(store: Store) -> pa.Table:
 
 
 def _prediction_rows(handle: KernelHandle) -> Iterator[dict[str, Any]]:
-    for path in sorted(handle.path.glob(PREDICTION_GLOB)):
+    for name in sorted(fnmatch.filter(names(handle.path), PREDICTION_GLOB)):
+        path = handle.path / name
         file = arrowfile.read(path, check=True)
         solution = solution_of(path, file.header)
         of = {
             "fingerprint": handle.fingerprint,
-            **_names(handle),
+            **_task_and_model(handle),
             "kind": solution.kind,
             "solved_by": solution.point.solver.value,
             "ridge": solution.point.ridge,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from raykernel.config import Json, differences, fingerprint, plain
 from raykernel.errors import BlockCorruptError, InputError, StoreMismatchError
+from raykernel.location import StorePath
 from raykernel.store import arrowfile
 from raykernel.store.commit import commit
 from raykernel.store.grid import Grid
@@ -49,7 +49,7 @@ class Manifest:
         }
 
 
-def write(folder: Path, manifest: Manifest) -> None:
+def write(folder: StorePath, manifest: Manifest) -> None:
     """Commit the manifest unless the folder has one, and compare it if so.
 
     Args:
@@ -72,7 +72,7 @@ def write(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: StorePath) -> Manifest:
     """The manifest of a kernel's folder.
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxtyping import Float
 
 from raykernel.config import GridPoint, Json, fingerprint, plain
 from raykernel.errors import BlockCorruptError, KernelIncompleteError
+from raykernel.location import StorePath
 from raykernel.store import arrowfile, blockfile
 from raykernel.store.kernels import KernelHandle
 from raykernel.terms import Solver
@@ -45,7 +45,7 @@ class Solution:
         return f"prediction-{self.key}-{i:04d}.arrow"
 
 
-def solution_of(path: Path, header: Mapping[str, Any]) -> Solution:
+def solution_of(path: StorePath, header: Mapping[str, Any]) -> Solution:
     """The solution that a file says it is of.
 
     Args:

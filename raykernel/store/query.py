@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
 from raykernel.config import StoreConfig
 from raykernel.errors import InputError
+from raykernel.location import StorePath
 from raykernel.store.blocks import open_store
 from raykernel.store.listing import TABLES
 from raykernel.store.results import has_results
@@ -39,7 +39,7 @@ def default_store() -> str:
 
 def query(
     sql: str,
-    store: str | Path | None = None,
+    store: str | StorePath | None = None,
     *,
     parameters: Sequence[str | int | float] = (),
     tables: Mapping[str, pa.Table] | None = None,
@@ -61,7 +61,7 @@ def query(
         InputError: if there is no store or nothing in it, or the statement is refused.
     """
     opened = open_store(default_store() if store is None else store)
-    if not opened.fingerprints() and not has_results(opened.path):
+    if not has_results(opened.path) and not opened.fingerprints():
         raise InputError(
             f"{opened.path}: found an empty store, expected results. Run `raykernel kernel` or "
             "`raykernel finetune` first."

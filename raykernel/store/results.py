@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 import uuid
@@ -28,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +36,7 @@ import xxhash
 
 from raykernel.config import fingerprint
 from raykernel.errors import BlockCorruptError, nearest
+from raykernel.location import RemotePath, StorePath, fetch, names
 from raykernel.store.commit import commit, make_folder, sync_folder
 from raykernel.store.tables import TABLES, ResultTable, result_table
 
@@ -57,7 +56,7 @@ _MERGED = re.compile(r"([0-9a-f]{24})-([0-9a-f]{16})\.parquet")
 # ---------------------------------------------------------------- writing
 
 
-def write_result(root: Path, table: str, row: dict[str, Any]) -> Path:
+def write_result(root: StorePath, table: str, row: dict[str, Any]) -> StorePath:
     """Commit one row; it replaces a row with the same key.
 
     Args:
@@ -71,7 +70,7 @@ def write_result(root: Path, table: str, row: dict[str, Any]) -> Path:
     return write_results(root, table, [row])
 
 
-def write_results(root: Path, table: str, rows: Sequence[dict[str, Any]]) -> Path:
+def write_results(root: StorePath, table: str, rows: Sequence[dict[str, Any]]) -> StorePath:
     """Commit rows of one key as one file; they replace all rows with the same key.
 
     Args:
@@ -106,7 +105,7 @@ def write_results(root: Path, table: str, rows: Sequence[dict[str, Any]]) -> Pat
     content, folder = sink.getvalue(), table_folder(root, table)
     path = folder / f"{key_of(table, first)}-{new_version()}-{_digest(content)}.arrow"
     make_folder(folder)
-    make_folder(root / owner)
+    make_folder(root / owner, lasts=bool(owner))
     commit(path, memoryview(content))
     return path
 
@@ -129,7 +128,7 @@ def new_version() -> str:
     return f"{time.time_ns():016x}{uuid.uuid4().hex[:8]}"
 
 
-def table_folder(root: Path, table: str) -> Path:
+def table_folder(root: StorePath, table: str) -> StorePath:
     """Where the files of a table lie."""
     return root / FOLDER / table
 
@@ -141,16 +140,16 @@ def table_folder(root: Path, table: str) -> Path:
 class TableFiles:
     """Files of a table that together hold every row."""
 
-    answers: tuple[Path, ...]
+    answers: tuple[StorePath, ...]
     """Of one key each."""
-    compacted: tuple[Path, ...]
+    compacted: tuple[StorePath, ...]
 
-    def newest(self) -> dict[str, Path]:
+    def newest(self) -> dict[str, StorePath]:
         """The latest answer by key."""
         return {path.name[:16]: path for path in sorted(self.answers)}
 
 
-def table_files(root: Path, table: str, key: str = "") -> TableFiles:
+def table_files(root: StorePath, table: str, key: str = "") -> TableFiles:
     """Files of a table.
 
     Args:
@@ -174,31 +173,31 @@ def table_files(root: Path, table: str, key: str = "") -> TableFiles:
         before = compacted
 
 
-def has_results(root: Path) -> bool:
+def has_results(root: StorePath) -> bool:
     """Whether any result was ever written."""
+    if isinstance(root, RemotePath):  # where a folder is there because something lies in it
+        return bool(names(root / FOLDER))
     return any(
         files.answers or files.compacted for files in (table_files(root, name) for name in TABLES)
     )
 
 
-def is_result(path: Path) -> bool:
+def is_result(path: StorePath) -> bool:
     """Whether a file has the name of an answer or a compacted file, and its place."""
     return bool((_MERGED if path.parent.name == COMPACTED else _ANSWER).fullmatch(path.name))
 
 
-def _matching(folder: Path, pattern: re.Pattern[str], start: str = "") -> tuple[Path, ...]:
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.name.startswith(start)]
-    except FileNotFoundError:
-        return ()
-    return tuple(folder / name for name in sorted(names) if pattern.fullmatch(name))
+def _matching(
+    folder: StorePath, pattern: re.Pattern[str], start: str = ""
+) -> tuple[StorePath, ...]:
+    found = sorted(names(folder, start))
+    return tuple(folder / name for name in found if pattern.fullmatch(name))
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read_results(root: Path, table: str) -> pa.Table:
+def read_results(root: StorePath, table: str) -> pa.Table:
     """All rows of a table, oldest first; of a curve by step.
 
     Args:
@@ -209,14 +208,15 @@ def read_results(root: Path, table: str) -> pa.Table:
         The rows in the table's schema.
     """
     spec = result_table(table)
-    parts: dict[Path, pa.Table] = {}  # no file changes: what is read stays read
+    parts: dict[StorePath, pa.Table] = {}  # no file changes: what is read stays read
     while True:
         files = table_files(root, table)
         newest = files.newest()
         try:
-            for path in (*files.compacted, *newest.values()):
-                if path not in parts:
-                    parts[path] = read_file(path, spec)
+            unread = [p for p in (*files.compacted, *newest.values()) if p not in parts]
+            fetched = fetch(unread)
+            for path in unread:
+                parts[path] = read_file(path, spec, fetched.get(path))
         except FileNotFoundError:  # compacted meanwhile
             continue
         rows = newest_rows([parts[path] for path in (*files.compacted, *newest.values())], spec)
@@ -227,7 +227,7 @@ def read_results(root: Path, table: str) -> pa.Table:
         )
 
 
-def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]]:
+def read_key(root: StorePath, table: str, key: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of one key.
 
     Args:
@@ -239,7 +239,7 @@ def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]
         Value by column, in the order in which they were written; none if nothing is stored.
     """
     spec, wanted = result_table(table), key_of(table, key)
-    if not (root / spec.folder.format(**key)).is_dir():
+    if spec.folder and not (root / spec.folder.format(**key)).is_dir():
         return []
     while True:
         files = table_files(root, table, wanted)
@@ -253,12 +253,13 @@ def read_key(root: Path, table: str, key: dict[str, Any]) -> list[dict[str, Any]
         return found
 
 
-def read_file(path: Path, spec: ResultTable) -> pa.Table:
+def read_file(path: StorePath, spec: ResultTable, content: bytes | None = None) -> pa.Table:
     """One file, brought to the table's schema: absent columns null, unknown ones left out.
 
     Args:
         path: an answer or a compacted file.
         spec: its table.
+        content: its content, if that has been fetched.
 
     Returns:
         Its rows, with `KEY` and `VERSION` beside.
@@ -267,7 +268,8 @@ def read_file(path: Path, spec: ResultTable) -> pa.Table:
         BlockCorruptError: if it is damaged or foreign.
         FileNotFoundError: if it is absent.
     """
-    content = path.read_bytes()  # apart, so that a failing disk is not taken for a damaged file
+    if content is None:
+        content = path.read_bytes()  # apart, so that a failing disk is not taken for a damaged file
     answer = _ANSWER.fullmatch(path.name)
     with _blaming(path, content):
         if answer is None:
@@ -279,7 +281,7 @@ def read_file(path: Path, spec: ResultTable) -> pa.Table:
         return _in_schema(rows, spec.schema)
 
 
-def _rows_of(path: Path, key: str, spec: ResultTable) -> Iterator[pa.Table]:
+def _rows_of(path: StorePath, key: str, spec: ResultTable) -> Iterator[pa.Table]:
     """Rows of a compacted file with one key, in the table's schema."""
     for number, (first, last) in enumerate(_ranges(path)):
         if first <= key <= last:
@@ -290,14 +292,14 @@ def _rows_of(path: Path, key: str, spec: ResultTable) -> Iterator[pa.Table]:
 
 # A study asks for one row after the other; a compacted file never changes.
 @lru_cache(maxsize=8)
-def _content(path: Path) -> bytes:
+def _content(path: StorePath) -> bytes:
     content = path.read_bytes()
     with _blaming(path, content):
         return content
 
 
 @lru_cache(maxsize=8)
-def _ranges(path: Path) -> list[tuple[str, str]]:
+def _ranges(path: StorePath) -> list[tuple[str, str]]:
     """First and last key of every group of rows of a compacted file."""
     with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
         at = file.schema_arrow.get_field_index(KEY)
@@ -306,7 +308,7 @@ def _ranges(path: Path) -> list[tuple[str, str]]:
 
 
 @lru_cache(maxsize=64)
-def _group(path: Path, number: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
+def _group(path: StorePath, number: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
     """One group of rows of a compacted file, and where those of a key begin and how many."""
     with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
         rows = file.read_row_group(number).combine_chunks()
@@ -315,7 +317,7 @@ def _group(path: Path, number: int) -> tuple[pa.Table, dict[str, tuple[int, int]
     return rows, {key: (keys.index(key), count) for key, count in counts.items()}
 
 
-def rescue(path: Path, spec: ResultTable) -> None:
+def rescue(path: StorePath, spec: ResultTable) -> None:
     """Commit the rows of a damaged compacted file that can still be read, as another such file.
 
     Args:
@@ -328,7 +330,7 @@ def rescue(path: Path, spec: ResultTable) -> None:
     unreadable = (pa.ArrowException, OSError)
     with (
         contextlib.suppress(*unreadable),  # the footer is damaged: nothing is left
-        pq.ParquetFile(path, page_checksum_verification=True) as file,
+        pq.ParquetFile(pa.BufferReader(path.read_bytes()), page_checksum_verification=True) as file,
     ):
         for number in range(file.num_row_groups):
             with contextlib.suppress(*unreadable):
@@ -337,7 +339,7 @@ def rescue(path: Path, spec: ResultTable) -> None:
         write_compacted(pa.concat_tables(whole), path.parent)
 
 
-def write_compacted(rows: pa.Table, folder: Path) -> None:
+def write_compacted(rows: pa.Table, folder: StorePath) -> None:
     """Commit a compacted file.
 
     Args:
@@ -379,7 +381,7 @@ def newest_rows(parts: Sequence[pa.Table], spec: ResultTable) -> pa.Table:
     return pa.concat_tables(parts).combine_chunks().filter(pa.array(mask))
 
 
-def lasting(rows: pa.Table, root: Path, spec: ResultTable) -> pa.Table:
+def lasting(rows: pa.Table, root: StorePath, spec: ResultTable) -> pa.Table:
     """Rows whose folder is there.
 
     Args:
@@ -393,12 +395,8 @@ def lasting(rows: pa.Table, root: Path, spec: ResultTable) -> pa.Table:
     above, _, last = spec.folder.rpartition("/")
     if not last.startswith("{"):
         return rows if (root / spec.folder).is_dir() else rows.slice(0, 0)
-    try:
-        with os.scandir(root / above) as entries:
-            names = [entry.name for entry in entries]
-    except FileNotFoundError:
-        return rows.slice(0, 0)
-    return rows.filter(pc.is_in(rows[last.strip("{}")], pa.array(names, pa.string())))
+    there = pa.array(names(root / above), pa.string())
+    return rows.filter(pc.is_in(rows[last.strip("{}")], there))
 
 
 def _with_origin(schema: pa.Schema) -> pa.Schema:
@@ -423,7 +421,7 @@ def _digest(content: pa.Buffer | bytes) -> str:
 
 
 @contextlib.contextmanager
-def _blaming(path: Path, content: bytes) -> Iterator[None]:
+def _blaming(path: StorePath, content: bytes) -> Iterator[None]:
     """Compare a file's content with its name; whatever goes wrong then is its damage."""
     try:
         if _digest(content) != path.stem.rpartition("-")[2]:

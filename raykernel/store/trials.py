@@ -18,9 +18,10 @@ Each is written at once, and twice with the same content, so nobody locks and no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import xxhash
+
+from raykernel.location import StorePath, local_copy
 
 _CHUNK_BYTES = 1 << 24
 
@@ -29,48 +30,48 @@ _CHUNK_BYTES = 1 << 24
 class TrialFiles:
     """Where a trial's files lie."""
 
-    path: Path
+    path: StorePath
 
     @property
-    def checkpoint(self) -> Path:
+    def checkpoint(self) -> StorePath:
         """State of a run that has not ended."""
         return self.path / "checkpoint.safetensors"
 
     @property
-    def head(self) -> Path:
+    def head(self) -> StorePath:
         """Linear head of the start."""
         return self.path / "head.safetensors"
 
     @property
-    def weights(self) -> Path:
+    def weights(self) -> StorePath:
         """Best parameters."""
         return self.path / "best.safetensors"
 
     @property
-    def last(self) -> Path:
+    def last(self) -> StorePath:
         """Parameters of the last step."""
         return self.path / "last.safetensors"
 
     @property
-    def twin_checkpoint(self) -> Path:
+    def twin_checkpoint(self) -> StorePath:
         """State of a linear twin that has not ended."""
         return self.path / "twin-checkpoint.safetensors"
 
     @property
-    def twin(self) -> Path:
+    def twin(self) -> StorePath:
         """Parameters of the linear twin at its last step."""
         return self.path / "twin.safetensors"
 
     @property
-    def adapter(self) -> Path:
+    def adapter(self) -> StorePath:
         """Folder that PEFT loads."""
         return self.path / "adapter"
 
 
-def checksum(path: Path) -> str:
+def checksum(path: StorePath) -> str:
     """The xxh3 hash of a file, in hexadecimal."""
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
+    with local_copy(path) as copy, copy.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

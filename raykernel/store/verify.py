@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from raykernel.errors import BlockCorruptError, InputError
+from raykernel.location import StorePath, folders
 from raykernel.store import manifest
 from raykernel.store.arrowfile import damage, read, read_header
 from raykernel.store.baselines import NAME as BASELINES
@@ -22,7 +22,7 @@ from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import COMPACTED, FOLDER, is_result, read_file, rescue
-from raykernel.store.tables import TABLES
+from raykernel.store.tables import TABLES, ResultTable
 from raykernel.store.trials import checksum
 
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
@@ -35,7 +35,7 @@ _PREDICTION = re.compile(r"prediction-[0-9a-f]{16}-(\d{4,})\.arrow")
 class BadFile:
     """A file that cannot be trusted."""
 
-    path: Path
+    path: StorePath
     reason: str
     removed: bool
 
@@ -49,7 +49,7 @@ class VerifyReport:
     num_files: int
     """Files checked."""
     bad: tuple[BadFile, ...]
-    leftovers: tuple[Path, ...]
+    leftovers: tuple[StorePath, ...]
     """Temporaries of writers that died; removed where removal was asked for."""
     num_missing: int
     """Blocks still to compute, after removal."""
@@ -81,7 +81,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
-def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
+def verify(path: str | StorePath, *, remove: bool = False) -> VerifyReport:
     """Check every checksum, manifest and shape of a store.
 
     Args:
@@ -95,11 +95,9 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
     store = open_store(path)
     num_files = 0
     bad: list[BadFile] = []
-    kernels, trials = (
-        sorted(folder for folder in (store.path / name).glob("*") if folder.is_dir())
-        for name in ("kernels", "trials")
+    kernels, trials, choices = (
+        folders(store.path / name) for name in ("kernels", "trials", "selections")
     )
-    choices = [folder for folder in (store.path / "selections").glob("*") if folder.is_dir()]
     tables = [store.path / FOLDER / name for name in TABLES]
     results = [folder for name in tables for folder in (name, name / COMPACTED) if folder.is_dir()]
     checks = {
@@ -118,7 +116,7 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
         for file, reason, replaceable in problems(store, folder, files):
             if remove and replaceable:
                 if folder in results:
-                    rescue(file, TABLES[file.relative_to(store.path / FOLDER).parts[0]])
+                    rescue(file, _table_of(folder))
                 file.unlink(missing_ok=True)
             bad.append(BadFile(file, reason, remove and replaceable))
     leftovers = tuple(stale_temporaries(store.path))
@@ -128,7 +126,9 @@ def verify(path: str | Path, *, remove: bool = False) -> VerifyReport:
     return VerifyReport(len(kernels), len(trials), num_files, tuple(bad), leftovers, missing)
 
 
-def _problems(store: Store, folder: Path, files: list[Path]) -> Iterator[tuple[Path, str, bool]]:
+def _problems(
+    store: Store, folder: StorePath, files: list[StorePath]
+) -> Iterator[tuple[StorePath, str, bool]]:
     """Bad files of one kernel: (path, reason, whether a run would write it again)."""
     if not files:  # begun and killed at once: the next run continues
         return
@@ -145,7 +145,7 @@ def _problems(store: Store, folder: Path, files: list[Path]) -> Iterator[tuple[P
         yield folder / manifest.NAME, _reason(error, folder / manifest.NAME), _damaged(error)
         return
     handle = KernelHandle(folder, stored)
-    names_by_file: dict[Path, Names] = {}
+    names_by_file: dict[StorePath, Names] = {}
     for file in files:
         try:
             names = _check(handle, file)
@@ -157,7 +157,7 @@ def _problems(store: Store, folder: Path, files: list[Path]) -> Iterator[tuple[P
     yield from _odd_groups(names_by_file)
 
 
-def _check(handle: KernelHandle, file: Path) -> Names | None:
+def _check(handle: KernelHandle, file: StorePath) -> Names | None:
     """Read one file as a run would; names of its rows if it is a block."""
     grid = handle.grid
     if match := _BLOCK.fullmatch(file.name):
@@ -185,14 +185,14 @@ def _check(handle: KernelHandle, file: Path) -> Names | None:
     return None
 
 
-def _check_prediction(handle: KernelHandle, file: Path, i: int) -> None:
+def _check_prediction(handle: KernelHandle, file: StorePath, i: int) -> None:
     solution = solution_of(file, read_header(file))
     if solution.file_name(i) != file.name:
         raise BlockCorruptError(damage(file, f"it is of {solution.file_name(i)}"))
     read_prediction(handle, solution, i)
 
 
-def _check_other(handle: KernelHandle, file: Path) -> None:
+def _check_other(handle: KernelHandle, file: StorePath) -> None:
     if file.name == "head.arrow":
         read(file, check=True)
     elif file.name == BASELINES:
@@ -204,8 +204,8 @@ def _check_other(handle: KernelHandle, file: Path) -> None:
 
 
 def _trial_problems(
-    store: Store, folder: Path, files: list[Path]
-) -> Iterator[tuple[Path, str, bool]]:
+    store: Store, folder: StorePath, files: list[StorePath]
+) -> Iterator[tuple[StorePath, str, bool]]:
     """Bad files of one fine-tuning run, as `_problems` names them."""
     of_trial = store.trial(folder.name)
     known = (of_trial.checkpoint, of_trial.head, of_trial.adapter, of_trial.twin_checkpoint)
@@ -225,8 +225,8 @@ def _trial_problems(
 
 
 def _choice_problems(
-    store: Store, folder: Path, files: list[Path]
-) -> Iterator[tuple[Path, str, bool]]:
+    store: Store, folder: StorePath, files: list[StorePath]
+) -> Iterator[tuple[StorePath, str, bool]]:
     """Bad files of a choice of layers, as `_problems` names them."""
     del store, folder
     for file in files:
@@ -240,10 +240,11 @@ def _choice_problems(
 
 
 def _result_problems(
-    store: Store, folder: Path, files: list[Path]
-) -> Iterator[tuple[Path, str, bool]]:
+    store: Store, folder: StorePath, files: list[StorePath]
+) -> Iterator[tuple[StorePath, str, bool]]:
     """Bad files of a result table, as `_problems` names them."""
-    spec = TABLES[folder.relative_to(store.path / FOLDER).parts[0]]
+    del store
+    spec = _table_of(folder)
     for file in files:
         try:
             if not is_result(file):
@@ -255,14 +256,18 @@ def _result_problems(
             yield file, _reason(error, file), _damaged(error)
 
 
-def _check_json(file: Path) -> None:
+def _table_of(folder: StorePath) -> ResultTable:
+    return TABLES[folder.parent.name if folder.name == COMPACTED else folder.name]
+
+
+def _check_json(file: StorePath) -> None:
     try:
         json.loads(file.read_bytes())
     except ValueError as error:
         raise BlockCorruptError(damage(file, str(error))) from error
 
 
-def _check_weights(store: Store, trial: str, file: Path, table: str, column: str) -> None:
+def _check_weights(store: Store, trial: str, file: StorePath, table: str, column: str) -> None:
     try:
         rows = store.rows(table, trial=trial)
     except BlockCorruptError:  # among the bad files itself
@@ -272,7 +277,7 @@ def _check_weights(store: Store, trial: str, file: Path, table: str, column: str
             raise BlockCorruptError(f"{file}: other content than its trial wrote")
 
 
-def _odd_groups(names_by_file: dict[Path, Names]) -> Iterator[tuple[Path, str, bool]]:
+def _odd_groups(names_by_file: dict[StorePath, Names]) -> Iterator[tuple[StorePath, str, bool]]:
     """Blocks whose rows differ from most others': they cannot be summed with them."""
     counts = Counter(tuple(names) for names in names_by_file.values())
     if len(counts) < 2:
@@ -288,7 +293,7 @@ def _damaged(error: InputError) -> bool:
     return isinstance(error, BlockCorruptError)
 
 
-def _reason(error: InputError, file: Path) -> str:
+def _reason(error: InputError, file: StorePath) -> str:
     return str(error).removeprefix(f"{file}: ").split(". Expected")[0]
 
 

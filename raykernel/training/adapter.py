@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from raykernel.config import ModelConfig, ParametersConfig
+from raykernel.location import StorePath
 from raykernel.names import ends_in
 from raykernel.problem.parameters import layer_index
 from raykernel.problem.readout import Probed
@@ -29,7 +30,7 @@ _OWN = re.compile(r"\.(\w+)\.default(?=\.|$)")
 
 
 def write_adapter(
-    folder: Path,
+    folder: StorePath,
     module: nn.Module,
     values: dict[str, Tensor],
     *,
@@ -61,7 +62,7 @@ def write_adapter(
 
 
 def write_adapter_config(
-    folder: Path,
+    folder: StorePath,
     targets: Mapping[str, nn.Module],
     *,
     model: ModelConfig,
@@ -138,7 +139,7 @@ def _lora(targets: Mapping[str, nn.Module], parameters: ParametersConfig) -> Lor
 
 
 def _commit_config(
-    folder: Path, config: PeftConfig, *, model: ModelConfig, is_trained: bool
+    folder: StorePath, config: PeftConfig, *, model: ModelConfig, is_trained: bool
 ) -> None:
     config.base_model_name_or_path, config.revision = model.name, model.revision
     config.inference_mode = is_trained  # a trained one is loaded for inference

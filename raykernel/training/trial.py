@@ -9,8 +9,6 @@ to the same bits.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -18,6 +16,7 @@ from raykernel.compute import examples, kept, process
 from raykernel.compute.loading import settle
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import read_head, write_head
+from raykernel.location import StorePath
 from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import fit_head
@@ -101,7 +100,7 @@ class Trial:
         )
 
 
-def advance(trainer: Trainer, until: int, checkpoint: Path) -> tuple[Point, ...]:
+def advance(trainer: Trainer, until: int, checkpoint: StorePath) -> tuple[Point, ...]:
     """Train up to a step, with a checkpoint at every evaluation.
 
     Args:
