@@ -19,7 +19,10 @@ from raykernel.tools import (
     tool_compact,
     tool_list,
     tool_query,
+    tool_report,
     tool_verify,
+    version,
+    write_report,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ commands over a store (try --help):
   query     SQL over the result store: best, cost and others by name, --schema
   compact   merges result files, so that queries are quick; studies do it themselves
   verify    checks every checksum and manifest of a store
+  report    one page of HTML with figures: of a study, or of the whole store
 
 what there is:
   list      tasks, models, sweeps, experiments or criteria
@@ -74,6 +78,7 @@ what there is:
             bash, zsh or fish: the script that completes all of this at Tab
 
 start here:
+  raykernel sweep quickstart
   raykernel kernel experiment=quickstart
 """
 
@@ -136,17 +141,6 @@ def interrupt(signum: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def version() -> str:
-    """Version of raykernel, as installed."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
-
-    try:
-        return installed("raykernel")
-    except PackageNotFoundError:
-        return "(a checkout that is not installed)"
-
-
 def run_all(command: str, arguments: list[str]) -> int:
     """Compose the configurations of a command line and run each; one failure stops no other.
 
@@ -174,7 +168,7 @@ def run_all(command: str, arguments: list[str]) -> int:
         return 0
     screen = SharedScreen()
     if command in {one.value for one in Command}:
-        from raykernel.sweep import run_many
+        from raykernel.conduct import run_many
 
         return run_many(Command(command), runs, screen)
     for number, run in enumerate(runs, start=1):
@@ -232,7 +226,7 @@ def tool_sweep(arguments: list[str]) -> int:
     from raykernel.console import SharedScreen
     from raykernel.sweep import sweep
 
-    return sweep(arguments, SharedScreen())
+    return sweep(arguments, SharedScreen(), write_report)
 
 
 def tool_completion(arguments: list[str]) -> int:
@@ -252,6 +246,7 @@ TOOLS: dict[str, Callable[[list[str]], int]] = {
     "query": tool_query,
     "compact": tool_compact,
     "verify": tool_verify,
+    "report": tool_report,
     "list": tool_list,
     "completion": tool_completion,
 }

@@ -80,7 +80,12 @@ def candidates(line: str, runs: Sequence[str], tools: Sequence[str]) -> list[str
     if word.startswith("-"):
         usage = TOOL_PARSERS[command]().format_usage() if command in TOOL_PARSERS else ""
         return _beginning(word, ["--help", *re.findall(r"--[a-z]+", usage)])
-    first: dict[str, Iterable[str]] = {"query": QUERIES, "list": LISTS, "completion": SCRIPTS}
+    first: dict[str, Iterable[str]] = {
+        "query": QUERIES,
+        "list": LISTS,
+        "completion": SCRIPTS,
+        "report": studies() if command == "report" else (),
+    }
     return _beginning(word, first.get(command, ())) if not given else []
 
 

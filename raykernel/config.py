@@ -685,6 +685,9 @@ class SelectConfig:
     """Candidates in a choice at the most."""
     max_parameters: int | None = None
     """Parameters that the LoRA of a choice trains at the most; rank and scale are `parameters`'."""
+    max_memory_mb: float | None = None
+    """MiB that training a choice takes beside the frozen model and its passes: of every number of
+    the LoRA itself, its start, its best, its gradient and what `training.optimizer` remembers."""
     top: int = 10
     """Choices to keep and to show."""
     exhaustive: int = 65536
@@ -706,6 +709,8 @@ class SelectConfig:
         for name in ("max_size", "max_parameters", "top"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"select.{name}", value, "at least 1")
+        memory = self.max_memory_mb
+        require(memory is None or memory > 0, "select.max_memory_mb", memory, "more than 0")
         require(self.exhaustive >= 0, "select.exhaustive", self.exhaustive, "at least 0")
         require(self.trials >= 1, "select.trials", self.trials, "at least 1")
         is_even = self.halves >= 0 and self.halves % 2 == 0
@@ -783,6 +788,8 @@ class SweepConfig:
     """Run again what failed before by itself: by divergence, memory or an error."""
     seed: int = 0
     """Of the sampler."""
+    report: bool = False
+    """Write the page of `raykernel report` at the end."""
     trackers: list[TrackerName] = field(default_factory=list)
     """Show runs there, too: tensorboard, mlflow, wandb."""
 
@@ -868,6 +875,19 @@ class RunConfig:
                 "none with kernel.projection.method=intrinsic_dimension, which projects all layers "
                 f"together. Drop {key}, or project by layer (rademacher)",
             )
+
+    @property
+    def parameter_budget(self) -> int | None:
+        """Parameters that a LoRA may train by `select.max_parameters` and `select.max_memory_mb`.
+
+        A float32 number takes 4 bytes as weight, gradient, start and best, and as often as the
+        optimiser remembers it (training/room.py).
+        """
+        limits = [] if self.select.max_parameters is None else [self.select.max_parameters]
+        if self.select.max_memory_mb is not None:
+            each = 4 * (4 + self.training.optimizer.num_states)
+            limits.append(int(self.select.max_memory_mb * 2**20 / each))
+        return min(limits, default=None)
 
     @property
     def needs_both_sides(self) -> bool:

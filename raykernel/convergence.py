@@ -142,18 +142,7 @@ class ConvergenceTable:
         """Make the sheets, see `raykernel.study.Table`."""
         del compare  # the paper prints figures and no numbers
         trials = [row for row in rows if row["arm"] == self.training]
-        spectra = {
-            _place(row, row["layers"], row["modules"]): row
-            for row in rows
-            if row["arm"] == self.kernel and row["groups"] and row["change"] is None
-        }
-        points: dict[DataSet, list[Trained]] = {}
-        for trial in trials:
-            chosen = json.loads(trial["parameters"])
-            modules = [name.rsplit(".", 1)[-1] for name in chosen["target_modules"]]
-            place = _place(trial, chosen["layers_to_transform"] or [], modules)
-            if place in spectra and spectra[place]["regularised"] is not None:
-                points.setdefault(place[0], []).append(_trained(trial, place[1], spectra[place]))
+        points = matched(trials, [row for row in rows if row["arm"] == self.kernel])
         lost = len(trials) - sum(map(len, points.values()))
         answers = _answers(points)
         tasks = list(dict.fromkeys(task for task, _, _ in answers))
@@ -161,6 +150,31 @@ class ConvergenceTable:
         if sheets:
             sheets[-1] = replace(sheets[-1], note=_sentence(answers))
         return [_points_sheet(points, lost), *sheets]
+
+
+def matched(trials: Sequence[Row], spectra: Sequence[Row]) -> dict[DataSet, list[Trained]]:
+    """Trials beside the condition numbers of the layers and modules that they train.
+
+    Args:
+        trials: of the table `trials`, with their curves.
+        spectra: of the table `spectra`.
+
+    Returns:
+        By data set; a trial whose layers and modules have no condition number is left out.
+    """
+    by_place = {
+        _place(row, row["layers"], row["modules"]): row
+        for row in spectra
+        if row["groups"] and row["change"] is None
+    }
+    points: dict[DataSet, list[Trained]] = {}
+    for trial in trials:
+        chosen = json.loads(trial["parameters"])
+        modules = [name.rsplit(".", 1)[-1] for name in chosen["target_modules"]]
+        place = _place(trial, chosen["layers_to_transform"] or [], modules)
+        if place in by_place and by_place[place]["regularised"] is not None:
+            points.setdefault(place[0], []).append(_trained(trial, place[1], by_place[place]))
+    return points
 
 
 def _place(

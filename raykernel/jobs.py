@@ -55,8 +55,10 @@ def open_executor(compute: ComputeConfig, screen: Screen) -> Executor:
     if compute.executor is ExecutorName.inline:
         return InlineExecutor()
     # Ray takes seconds to import, and an inline run needs none of it.
-    from raykernel.compute.ray_executor import RayExecutor
+    from raykernel.compute.ray_executor import RayExecutor, is_running
 
+    if is_running():  # started for a whole study
+        return RayExecutor(compute, say=screen.say)
     with screen.stage("Starting Ray" if compute.address is None else "Joining Ray"):
         return RayExecutor(compute, say=screen.say)
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from raykernel.conduct import Done, arm_points
 from raykernel.runs import make_run, rows_of, stored
 from raykernel.space import make_plan
 from raykernel.store.columns import integer, schema_of, text, texts
-from raykernel.sweep import Done, arm_points, load_study
+from raykernel.sweep import load_study
 
 _PLANNED = schema_of(
     (

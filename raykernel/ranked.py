@@ -108,7 +108,7 @@ def rank(
     before, stack = len(members), partial(stack_kernels, kind=kind)
     members = with_groups(prepared, handle, kind, members)
     members, candidates = stack(prepared, handle, members=members, measured=measured)
-    budget = Budget(select.max_size, select.max_parameters)
+    budget = Budget(select.max_size, config.parameter_budget)
     find = partial(search, candidates, PREDICTORS[select.criterion], budget)
     name = f"choices of layers ({kind.value})"
     total = num_sets(len(members), select.max_size)

@@ -155,22 +155,23 @@ def _check(config: RunConfig) -> None:
         method.value,
         "another one, for this one projects all layers together",
     )
-    bounded = select.max_size is not None or select.max_parameters is not None
+    bounded = select.max_size is not None or config.parameter_budget is not None
     require(
         bounded or not PREDICTORS[select.criterion].is_monotone,
         "select.criterion",
         select.criterion.value,
         "one that more layers can make worse, or a budget: every layer betters this one, so that "
-        "it would choose all of them. Set select.max_size or select.max_parameters",
+        "it would choose all of them. Set select.max_size, select.max_parameters or "
+        "select.max_memory_mb",
     )
 
 
 def _check_budget(config: RunConfig, members: Sequence[Member]) -> None:
     """A budget that no candidate is within is refused before its kernel is computed."""
-    allowed, least = config.select.max_parameters, min(one.num_parameters for one in members)
+    allowed, least = config.parameter_budget, min(one.num_parameters for one in members)
     require(
         allowed is None or allowed >= least,
-        "select.max_parameters",
+        "select.max_parameters" if config.select.max_memory_mb is None else "select.max_memory_mb",
         allowed,
         f"at least {least}: that many parameters the smallest of {len(members)} candidates trains "
         f"with parameters.r={config.parameters.r}",
@@ -245,6 +246,7 @@ def result_rows(
             "adapter": folder if choice.rank == 1 else None,
             "outputs": choice.start.outputs.value,
             "num_rows": choice.start.spectrum.size,
+            "top": choice.start.spectrum.top,
             "num_unresolved": choice.start.spectrum.num_unresolved,
             "num_features": choice.num_features,
             "size": choice.start.size,

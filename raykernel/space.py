@@ -75,8 +75,8 @@ class Axis:
         return [self.override(value) for value in self.values]
 
     def override(self, value: str | int | float) -> str:
-        """The override of one value."""
-        return f"{self.key}={value}"
+        """The override of one value; of a number drawn from an interval four digits."""
+        return f"{self.key}={value:.4g}" if isinstance(value, float) else f"{self.key}={value}"
 
     @property
     def text(self) -> str:
@@ -188,7 +188,7 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
     """
     check_spelling(list(arguments))
     chosen = {axis.key: axis for axis in map(axis_of, arguments)}
-    compare = all(_keeps_setting(key) for key in chosen)
+    compare = all(keeps_setting(key) for key in chosen)
     if "experiment" in chosen:
         study, chosen = _as_demo(study, chosen)
     _check_keys(study, chosen)
@@ -338,5 +338,6 @@ def is_harmless(key: str) -> bool:
     return key in _HARMLESS or key.split(".")[0] in _HARMLESS
 
 
-def _keeps_setting(key: str) -> bool:
+def keeps_setting(key: str) -> bool:
+    """Whether the setting is the paper's whatever value a key has."""
     return key in _COMPARED or is_harmless(key)

@@ -189,6 +189,11 @@ class Optimizer(Enum):
         return self in (Optimizer.adam, Optimizer.adamw)
 
     @property
+    def num_states(self) -> int:
+        """What it remembers of every number that it moves, in numbers."""
+        return 2 if self.is_adaptive else 0
+
+    @property
     def is_scale_free(self) -> bool:
         """Whether a multiple of the loss gives the same step (with Adam up to its ε)."""
         return self is not Optimizer.sgd

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from raykernel.store.format import Format
 
 
+def version() -> str:
+    """Version of raykernel, as installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("raykernel")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
 def store_option(parser: argparse.ArgumentParser) -> None:
     """Add `--store`, by default the configured path."""
     parser.add_argument(
@@ -293,6 +304,47 @@ def tool_verify(arguments: list[str]) -> int:
 # ---------------------------------------------------------------- what there is
 
 
+def report_parser() -> argparse.ArgumentParser:
+    """Options of `raykernel report`."""
+    parser = argparse.ArgumentParser(
+        prog="raykernel report",
+        description="One page of HTML, with its figures (SVG, PNG) and data (CSV) beside it.",
+    )
+    parser.add_argument("name", nargs="?", help="a study; default: the whole store")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=None,
+        help="folder of the page (default: raykernel-report, or raykernel-report/NAME)",
+    )
+    store_option(parser)
+    return parser
+
+
+def tool_report(arguments: list[str]) -> int:
+    """`raykernel report`."""
+    options = report_parser().parse_args(arguments)
+    print(write_report(store_path(options.store), options.name, options.out))
+    return 0
+
+
+def write_report(store: str | Path, study: str | None, out: str | None = None) -> Path:
+    """Write the page of a store or a study.
+
+    Args:
+        store: its folder.
+        study: name; None: the whole store.
+        out: folder of the page; None: below `raykernel-report`.
+
+    Returns:
+        The page.
+    """
+    from raykernel.report.write import report
+
+    folder = Path(out) if out else Path("raykernel-report", *filter(None, [study]))
+    return report(store, folder, study=study, made_by=f"raykernel {version()}")
+
+
 def list_parser() -> argparse.ArgumentParser:
     """Options of `raykernel list`."""
     parser = argparse.ArgumentParser(
@@ -331,6 +383,7 @@ TOOL_PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "query": query_parser,
     "compact": compact_parser,
     "verify": verify_parser,
+    "report": report_parser,
     "list": list_parser,
     "completion": completion_parser,
 }

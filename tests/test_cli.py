@@ -117,7 +117,7 @@ def test_a_sweep_goes_on_after_a_failing_job_and_says_which(model, here, capsys)
 
 def test_help_version_and_unknown_command(capsys):
     assert main(["--help"]) == 0
-    assert "raykernel kernel experiment=quickstart" in capsys.readouterr().out
+    assert "raykernel sweep quickstart" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert main(["kernle"]) == 2
     assert "'kernel'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -12,15 +13,17 @@ import pytest
 
 from raykernel import commands
 from raykernel.cli import main
+from raykernel.conduct import arm_points, make_searcher
 from raykernel.console import Screen
+from raykernel.engines import by_kernel
 from raykernel.errors import DivergedError, InputError, OutOfMemoryError, RunError, WorkerLostError
 from raykernel.runs import Runner, cause_of, make_run, rows_of, stored
 from raykernel.search import Search, make_sampler
-from raykernel.space import axis_of, make_plan
+from raykernel.space import Point, axis_of, make_plan
 from raykernel.store.blocks import Store
 from raykernel.study import Row
-from raykernel.sweep import arm_points, load_study, make_searcher
-from raykernel.terms import Cause, Direction, RunStatus
+from raykernel.sweep import load_study
+from raykernel.terms import Cause, Command, Direction, RunStatus
 from tests import tiny
 
 STUDY = """
@@ -96,8 +99,8 @@ def test_where_and_how_it_runs_is_not_in_its_name_and_what_it_reads_is(place):
 
 def test_a_run_whose_result_is_gone_is_done_again(place):
     assert sweep() == 0
-    (lost, *_) = (place / "store" / "trials").glob("*/trial-*.parquet")
-    lost.unlink()
+    (lost, *_) = (place / "store" / "trials").iterdir()
+    shutil.rmtree(lost)
     before = {row["run"]: row["created"] for row in runs()}
     assert sweep() == 0
     after = {row["run"]: row["created"] for row in runs()}
@@ -162,6 +165,21 @@ def test_an_unforeseen_error_stops_no_other_run(place, monkeypatch, capsys):
     assert {row["error"] for row in runs()} == {None, "ZeroDivisionError: unforeseen"}
 
 
+def test_runs_that_share_a_kernel_are_one_job(place):
+    """By kernel: two ridges of one seed; runs that train are jobs of their own."""
+    ridges = make_plan(load_study("rates"), [])
+    (arm,) = ridges.study.arms
+    points = [
+        Point("K", Command.kernel, (*ridges.point(arm, cell, ()).overrides, own), cell, (own,))
+        for cell in ridges.cells()
+        for own in ("solver.ridge=[1]", "solver.ridge=[2]")
+    ]
+    jobs = by_kernel([make_run("rates", point) for point in points])
+    assert [[run.point.own for run in job] for job in jobs] == [[p.own for p in points[:2]]] * 2
+    trained = [make_run("rates", point) for point in arm_points(ridges, arm, [])]
+    assert [len(job) for job in by_kernel(trained)] == [1] * 4
+
+
 def test_no_run_begins_after_the_deadline(place, capsys):
     assert sweep("sweep.minutes=1e-9") == 0
     assert "0 of 4 runs are complete, 4 could not begin" in capsys.readouterr().out
@@ -182,7 +200,9 @@ def test_a_search_averages_over_seeds_and_goes_on_where_it_was(place, capsys):
     assert len(tried) == 2
     trials = Store("store").results("trials").to_pylist()
     for choice in tried:
-        rate = choice.params["training.learning_rate"]
+        (override,) = searcher.search.overrides(choice.params)
+        rate = float(override.split("=")[1])
+        assert rate == pytest.approx(choice.params["training.learning_rate"], rel=1e-3)
         same = [row for row in trials if row["learning_rate"] == rate]
         assert len(same) == 2  # seeds
         means = [statistics.fmean(row[name] for row in same) for name in ("dev", "finetuned")]

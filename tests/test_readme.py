@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 import raykernel
 from raykernel.cli import main
 from raykernel.compose import compose_runs
-from tests import cases
+from raykernel.store.blocks import Store
+from tests import cases, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,6 +57,29 @@ def test_the_example_of_peft_methods_runs():
     kernels = names["kernels"]
     assert list(kernels) == ["lora, r = 8", "dora, r = 2", "ia3", "bitfit"]
     assert all(block.shape == (5, 2, 5, 2) for own in kernels.values() for block in own.values())
+
+
+def test_four_commands_lead_from_a_csv_to_an_adapter_that_peft_loads(here, monkeypatch, capsys):
+    """README's own lines, on a tiny encoder in place of the packaged one."""
+    from peft import LoraConfig
+
+    (block,) = re.findall(r"<!-- path -->\n```bash\n(.*?)```", README, re.S)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert len(commands) <= 5
+    table = tiny.write_reviews(here / "reviews.tsv", num=100).read_text("utf-8")
+    rows = [line.split("\t") for line in table.splitlines()]
+    with (here / "reviews.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    tiny.save_masked_lm(here / "encoder")
+    for _, *words in commands:
+        model = ["model=hf", "model.name=encoder"]
+        swapped = [[word] if not word.startswith("model=") else model for word in words]
+        assert main([word for part in swapped for word in part]) == 0
+    adapter, *_ = Store("raykernel-store").results("selections").to_pylist()
+    folder = here / "raykernel-store" / adapter["adapter"]
+    assert LoraConfig.from_pretrained(str(folder)).r == 8
+    assert adapter["adapter"] in capsys.readouterr().out
+    assert (here / "raykernel-report" / "index.html").exists()
 
 
 def test_nothing_is_left_to_fill_in():

@@ -305,7 +305,7 @@ def test_a_damaged_adapter_is_named_and_removed(found: Selections) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("select.criterion=log_det", "Set select.max_size or select.max_parameters"),
+        ("select.criterion=log_det", "Set select.max_size, select.max_parameters or"),
         ("select.criterion=kappa", "select.criterion"),
         ("select.modules=[qury]", "did you mean 'query'"),
         ("select.modules=[LayerNorm]", "names no linear layer inside a transformer layer"),
@@ -314,6 +314,7 @@ def test_a_damaged_adapter_is_named_and_removed(found: Selections) -> None:
         ("kernel.kinds=[asigngd]", "sgd or signgd"),
         ("select.criterion=loo_error prompt=none", "fitted to all of train"),
         ("kernel.projection.method=intrinsic_dimension", "projects all layers together"),
+        ("select.max_memory_mb=0.001", "select.max_memory_mb: found 65, expected at least 512"),
         ("select.max_parameters=100", "at least 512: that many parameters the smallest of 3"),
         ("parameters=lora parameters.target_modules=[query] select.modules=[valu]", "'value'"),
         (
@@ -331,7 +332,7 @@ def test_a_damaged_adapter_is_named_and_removed(found: Selections) -> None:
             "select.criterion=relative_gradient_norm select.baselines=false",
             "a criterion of the kernel, or select.baselines=true",
         ),
-        ("select.criterion=importance", "Set select.max_size or select.max_parameters"),
+        ("select.criterion=importance", "Set select.max_size, select.max_parameters or"),
     ],
 )
 def test_wrong_settings_are_said_before_anything_is_computed(

@@ -14,10 +14,10 @@ import pytest
 from raykernel.cli import main
 from raykernel.convergence import layer_choices, summed_layers, trained_layers
 from raykernel.errors import InputError
-from raykernel.space import axis_of, check, make_plan
+from raykernel.space import Point, axis_of, check, make_plan
 from raykernel.store.blocks import Store
 from raykernel.study import TaskTable
-from raykernel.sweep import Point, load_study, question_of, study_files
+from raykernel.sweep import load_study, question_of, study_files
 from raykernel.terms import Command
 from tests import tiny
 
@@ -50,7 +50,14 @@ TRAINING = {
     "training.batch_size": "2",
     "training.learning_rate": "0.05",
 }
+LAYERS = {"model.name": "two_layers", "select.max_size": "1"}
+HERE = {"sweep.engine": "pool", "sweep.workers": "1"}
 OTHERS = {
+    "quickstart": TRAINING | LAYERS | HERE | {"compute": "inline", "compute.workers": "1"},
+    "layer_selection": TRAINING | LAYERS,
+    "lora_grid": {**TRAINING, "parameters.r": "2", "parameters.target_modules": "[query],[value]"}
+    | {"training.learning_rate": "tag(log,interval(1e-3,1e-1))", "sweep.trials": "2"},
+    "optimizer_grid": TRAINING | HERE | {"sweep.trials": "1"},
     "table8_output_derivative": {"task.seed": "13"},
     "drug_reviews": {key: TRAINING[key] for key in TRAINING if key != "training.learning_rate"}
     | {"parameters.layers_to_transform": "null", "task.seed": "7"},
@@ -164,6 +171,24 @@ def test_one_kernel_serves_all_choices_of_layers(place, capsys):
     traces = {layers: row["mean"] for layers, row in sums.items()}
     for layers, trace in traces.items():
         assert trace == pytest.approx(sum(traces[(layer,)] for layer in layers), rel=1e-5)
+
+
+def test_choices_of_equal_scale_have_kernels_of_one_trace(place, capsys):
+    """By kernels of the LoRAs that were trained: each with its own lora_alpha."""
+    name = "layer_selection"
+    assert main(["sweep", name, *arguments(name)]) == 0
+    capsys.readouterr()
+    runs = [row for row in Store("store").results("runs").to_pylist() if row["study"] == name]
+    for arm, column in (("equal trace", "trace"), ("equal top", "top")):
+        scales = {}
+        for run in runs:
+            if run["arm"] == arm:
+                assert main(["select", *run["overrides"]]) == 0
+                rows = Store("store").results("selections").to_pylist()
+                newest = max(rows, key=lambda row: row["created"])
+                scales[newest["parameters"]] = newest[column]
+        first, second = scales.values()
+        assert first == pytest.approx(second, rel=2e-3)  # alpha has four digits
 
 
 def test_a_failing_point_stops_no_other(place, capsys):

@@ -7,7 +7,8 @@ every target comes with the sign that theory expects (`Expected`). Of n points
 
 and p is the share of all n! orders of y whose |ρ| is as large: with n = 7 nothing below |ρ| = 0.786
 is significant at 5 %, with n = 3 nothing ever is. Correlations of several data sets are averaged,
-never their points pooled: atanh ρ is what is about normal (Fisher z).
+never their points pooled: atanh ρ is what is about normal (Fisher z). Where the mean is tested, it
+is the plain one, whose orders can be counted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from raykernel.errors import InputError
 
 EXACT_SIZE = 8
 """Points up to which all orders are counted: 40,320 of eight."""
+DRAWS = 99_999
+"""Random orders in place of all of them, of more points."""
 _NEAR_ONE = 0.995
 _SAME = 1e-9
 """Correlations that differ by no more are equal but for rounding."""
@@ -164,6 +167,60 @@ def mean_correlation(rhos: Sequence[int | float]) -> float:
     return float(np.tanh(np.arctanh(np.clip(known, -_NEAR_ONE, _NEAR_ONE)).mean()))
 
 
+def mean_rank_correlation(
+    predictors: Sequence[Sequence[int | float]],
+    targets: Sequence[Sequence[int | float]],
+    *,
+    expected: Expected,
+    shares_points: bool,
+) -> RankCorrelation:
+    """Mean of Spearman's ρ over data sets, and p of no relation in any of them.
+
+        ρ = Σ_d ρ_d / D,    p = share of orders π with |Σ_d corr(rank x_d, rank y_d ∘ π)| as large
+
+    Data sets may be samples of one task and model on which the same choices are compared. Then y
+    of a choice is alike in all, they are no independent repetitions, and one order of the choices
+    has to serve all of them: p says whether choices of a larger x have a larger y. Else every data
+    set has an order of its own. Of more than `EXACT_SIZE` points, or of several data sets that
+    share none, `DRAWS` orders are drawn beside the one that was found, which counts too: the test
+    keeps its level.
+    Reference: Pesarin & Salmaso 2010, Permutation Tests for Complex Data, chapter 4.
+
+    Args:
+        predictors: x of every data set.
+        targets: y of every data set, point by point; one in which x or y does not vary is left out.
+        expected: the sign that theory expects.
+        shares_points: point i of all data sets is the same choice.
+
+    Returns:
+        ρ and p; NaN if there is no data set left.
+
+    Raises:
+        InputError: if there are not as many targets, or not the same points, as there should be.
+    """
+    pairs = []
+    for predictor, target in zip(predictors, targets, strict=True):
+        _check_sizes(predictor, target)
+        x, y = _ranks("predictor", predictor), _ranks("target", target)
+        if not math.isnan(_pearson(x, y)):
+            pairs.append((_unit(x), _unit(y)))
+    if not pairs:
+        return RankCorrelation(math.nan, math.nan, 0, expected, is_exact=False)
+    sizes = [len(x) for x, _ in pairs]
+    if shares_points and len(set(sizes)) != 1:
+        raise InputError(f"targets: found {sizes} points, expected the same ones in all data sets.")
+    one_order = shares_points or len(pairs) == 1
+    exact = one_order and sizes[0] <= EXACT_SIZE
+    total = np.zeros(1)
+    for number, (x, y) in enumerate(pairs):
+        own = 0 if one_order else number
+        orders = _orders(len(y)) if exact else _drawn(len(y), own)
+        total = total + y[orders] @ x
+    # The first order is the one that was found.
+    p_value = float(np.mean(np.abs(total) >= abs(total[0]) - _SAME))
+    return RankCorrelation(float(total[0]) / len(pairs), p_value, max(sizes), expected, exact)
+
+
 def _ranks(name: str, values: Sequence[int | float]) -> Float[np.ndarray, " n"]:
     """Ranks from 1; equal values have their mean rank."""
     from scipy.stats import rankdata  # takes a second to import
@@ -192,6 +249,13 @@ def _pearson(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     return float(np.clip(x @ y / (norms[0] * norms[1]), -1.0, 1.0))
 
 
+def _unit(ranks: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Ranks with mean 0 and norm 1."""
+    centred = ranks - ranks.mean()
+    scaled: Float[np.ndarray, " n"] = centred / np.linalg.norm(centred)
+    return scaled
+
+
 def _permuted(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], rho: float) -> float:
     """Share of the orders of y whose |ρ| is at least that found."""
     x, y = x - x.mean(), y - y.mean()
@@ -203,6 +267,14 @@ def _permuted(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], rho: float
 def _orders(size: int) -> Integer[np.ndarray, "orders n"]:
     """All orders of so many points."""
     return np.array(list(itertools.permutations(range(size))), dtype=np.int8)
+
+
+@cache
+def _drawn(size: int, number: int) -> Integer[np.ndarray, "orders n"]:
+    """The order that was found, then random ones: those of a number are always the same."""
+    line = np.arange(size, dtype=np.int16)
+    drawn = np.random.default_rng((number, size)).permuted(np.tile(line, (DRAWS, 1)), axis=1)
+    return np.concatenate([line[None], drawn])
 
 
 def _student(rho: float, freedom: int) -> float:

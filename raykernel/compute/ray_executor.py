@@ -131,6 +131,11 @@ class RayExecutor:
 # ------------------------------------------------------------------ the cluster
 
 
+def is_running() -> bool:
+    """Whether this process has started or joined a cluster."""
+    return bool(ray.is_initialized())
+
+
 @contextlib.contextmanager
 def cluster(compute: ComputeConfig) -> Iterator[None]:
     """Start or join a cluster that several executors in a row use.

@@ -198,6 +198,7 @@ SELECTIONS = (
     flag("is_exhaustive", "These are all within the budget."),
     *_STABILITY,
     *SPECTRUM_ROWS,
+    number("top", "Largest eigenvalue."),
     integer("num_features", "Rank at the most; null: not counted."),
     number("sigma", "Ridge of all choices, in units of the kernel."),
     *_SCORES,

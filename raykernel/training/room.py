@@ -20,11 +20,7 @@ from raykernel.ntk.batches import Batch
 from raykernel.ntk.passes import selected_parameters
 from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.problem.models import Problem
-from raykernel.terms import Optimizer
 from raykernel.training.subspace import kept_bytes
-
-_STATES = {Optimizer.sgd: 0, Optimizer.signgd: 0, Optimizer.adam: 2, Optimizer.adamw: 2}
-"""What an update rule remembers of every number that it moves, in numbers."""
 
 _TEMPORARIES = 3
 """Copies of the largest parameter that a step makes: one after the other on a CPU."""
@@ -80,7 +76,7 @@ def held_bytes(problem: Problem, training: TrainingConfig) -> int:
         Bytes of θ_0, the best parameters, the optimiser's state, and S.
     """
     trained = list(selected_parameters(problem.module).values())
-    whole, copies = _num_bytes(trained), 1 + _STATES[training.optimizer]
+    whole, copies = _num_bytes(trained), 1 + training.optimizer.num_states
     if training.intrinsic_dimension is None:
         return (1 + copies) * whole
     moved = training.intrinsic_dimension * trained[0].element_size()

@@ -10,10 +10,12 @@ import pytest
 import scipy.stats
 
 from raykernel.analysis.correlation import (
+    DRAWS,
     EXACT_SIZE,
     Expected,
     critical_rho,
     mean_correlation,
+    mean_rank_correlation,
     partial_rank_correlation,
     rank_correlation,
 )
@@ -146,3 +148,75 @@ def test_wrong_input_is_named():
         rank_correlation([1, 2, 3], [1, 2], expected=UP)
     with pytest.raises(InputError, match=r"found \[2, 2, 1\] points"):
         partial_rank_correlation([1, 2], [1, 2], [[1]], expected=UP)
+
+
+# ---------------------------------------------------------------- several data sets
+
+
+def rhos(pairs: list[tuple[list[float], list[float]]], orders: list[tuple[int, ...]]) -> float:
+    """Mean of scipy's ρ with the points of y in some order, one order for each data set."""
+    found = [
+        scipy.stats.spearmanr(x, [y[i] for i in order]).statistic
+        for (x, y), order in zip(pairs, orders, strict=True)
+    ]
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_one_order_of_the_choices_serves_all_data_sets(ties):
+    """p by definition: the share of orders, the same in all three, with a mean ρ as large."""
+    pairs = [drawn(seed, 5, ties=ties) for seed in (1, 2, 4)]
+    every = [rhos(pairs, [order] * 3) for order in itertools.permutations(range(5))]
+    found = mean_rank_correlation(
+        *map(list, zip(*pairs, strict=True)), expected=UP, shares_points=True
+    )
+    assert found.rho == pytest.approx(every[0], abs=1e-12)
+    assert found.p_value == pytest.approx(np.mean(np.abs(every) >= abs(every[0]) - 1e-12))
+    assert found.is_exact
+
+
+def test_data_sets_that_share_no_points_have_orders_of_their_own():
+    pairs = [drawn(seed, 3, ties=False) for seed in (0, 1)]
+    orders = list(itertools.permutations(range(3)))
+    every = [rhos(pairs, [one, other]) for one in orders for other in orders]
+    found = mean_rank_correlation(
+        *map(list, zip(*pairs, strict=True)), expected=UP, shares_points=False
+    )
+    assert found.rho == pytest.approx(every[0], abs=1e-12)
+    want = np.mean(np.abs(every) >= abs(every[0]) - 1e-12)
+    assert found.p_value == pytest.approx(want, abs=4 / math.sqrt(DRAWS))
+    assert not found.is_exact
+
+
+def test_of_one_data_set_it_is_the_exact_test():
+    x, y = drawn(3, 7, ties=True)
+    one = rank_correlation(x, y, expected=DOWN)
+    found = mean_rank_correlation([x], [y], expected=DOWN, shares_points=False)
+    assert (found.rho, found.p_value) == pytest.approx((one.rho, one.p_value))
+    assert found.is_exact
+
+
+def test_drawn_orders_agree_with_all_of_them():
+    """Nine points are more than are counted: 362,880 orders, here by numpy."""
+    x, y = drawn(5, 9, ties=False)
+    found = mean_rank_correlation([x], [y], expected=UP, shares_points=True)
+    ranks = [scipy.stats.rankdata(values) - 5 for values in (x, y)]
+    orders = np.array(list(itertools.permutations(ranks[1])), dtype=np.int8)
+    sums = np.abs(orders @ ranks[0])
+    want = np.mean(sums >= abs(ranks[0] @ ranks[1]) - 1e-9)
+    assert found.p_value == pytest.approx(want, abs=4 / math.sqrt(DRAWS))
+    line = list(range(15))
+    assert mean_rank_correlation([line], [line], expected=UP, shares_points=True).p_value == (
+        1 / (DRAWS + 1)
+    )
+
+
+def test_what_does_not_vary_is_left_out_of_the_mean():
+    x, y = drawn(2, 6, ties=False)
+    both = mean_rank_correlation([x, x], [y, [1.0] * 6], expected=UP, shares_points=True)
+    assert both.rho == pytest.approx(rank_correlation(x, y, expected=UP).rho)
+    none = mean_rank_correlation([x], [[1.0] * 6], expected=UP, shares_points=True)
+    assert math.isnan(none.rho)
+    assert math.isnan(none.p_value)
+    with pytest.raises(InputError, match="the same ones"):
+        mean_rank_correlation([x, x[:5]], [y, y[:5]], expected=UP, shares_points=True)
