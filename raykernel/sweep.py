@@ -19,7 +19,6 @@ from pathlib import Path
 from raykernel.conduct import Done, arm_points, run_study
 from raykernel.console import Screen, counted
 from raykernel.errors import InputError, nearest
-from raykernel.location import StorePath
 from raykernel.published import sweeps_dir
 from raykernel.search import check_settings
 from raykernel.space import Plan, check, make_plan, spelt
@@ -126,7 +125,7 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def sweep(
-    arguments: Sequence[str], screen: Screen, report: Callable[[StorePath, str], Path] | None = None
+    arguments: Sequence[str], screen: Screen, report: Callable[[str, str], Path] | None = None
 ) -> int:
     """`raykernel sweep [NAME [overrides]]`.
 
@@ -151,7 +150,7 @@ def sweep(
     check_settings(plan)
     code = show(plan, run_study(plan, screen), screen)
     if report is not None and plan.settings().report:
-        page = report(plan.store_path(), plan.study.name)
+        page = report(str(plan.store_path()), plan.study.name)
         screen.out.print(f"The page: {page}", markup=False)
     return code
 
