@@ -128,11 +128,12 @@ def test_a_driver_that_is_killed_at_random_loses_nothing(made):
 
 ENGINES = [
     pytest.param(["sweep.engine=pool"], id="pool"),
-    pytest.param(["sweep.engine=tune"], id="tune", marks=pytest.mark.slow),
+    pytest.param(["sweep.engine=tune"], id="tune"),
 ]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_worker_and_then_the_driver_are_killed(made, engine):
     store, settings = engine[0].replace("=", "-"), [*engine, "sweep.workers=2"]
