@@ -84,6 +84,45 @@ def test_a_submitted_job_computes_a_kernel(made_cluster, model, here):
     assert f"{row['kernel_regression']:.3f}" in run.stdout
 
 
+SHIMS = {
+    "scontrol": "printf 'n1\\nn2\\n'",
+    "srun": """while [[ $1 == --* ]]; do shift; done
+if [ "$1" = hostname ]; then echo "$ADDRESS"; else exec "$@"; fi""",
+    "ray": f'exec {sys.executable} -m ray.scripts.scripts "$@"',
+    "raykernel": f"""ask=(ray health-check --address "${{!#/*=/}}")
+"${{ask[@]}}" && echo "let in: job's token"
+RAY_AUTH_TOKEN=wrong "${{ask[@]}}" && echo "let in: another token"
+RAY_AUTH_MODE=disabled "${{ask[@]}}" && echo "let in: no token"
+exec {sys.executable} -m raykernel "$@\"""",
+}
+
+
+def test_the_slurm_script_computes_a_kernel_on_two_nodes_that_ask_for_a_token(
+    ray_folder, model, here, monkeypatch
+):
+    """All of it is real but SLURM: `srun` runs its command here, for both nodes."""
+    import ray
+
+    (here / "bin").mkdir()
+    for name, text in SHIMS.items():
+        (here / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (here / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("ADDRESS", ray.util.get_node_ip_address())
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    monkeypatch.setenv("SLURM_SUBMIT_DIR", str(here))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    arguments = tiny.overrides(model, store__path=None)
+    command = ["bash", ROOT / "cluster" / "slurm.sh", "kernel", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [line for line in run.stdout.splitlines() if "let in" in line] == ["let in: job's token"]
+    (row,) = Store(here / "raykernel-store").results("kernels").to_pylist()
+    assert f"{row['kernel_regression']:.3f}" in run.stdout
+
+
 def test_doctor_names_the_node_with_other_versions(
     made_cluster, model, here, tmp_path, patch, capsys
 ):
