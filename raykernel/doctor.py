@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -221,24 +221,37 @@ def check_memory(prepared: Prepared) -> Check:
     )
 
 
-def node_facts() -> Callable[[int], dict[str, str]]:
-    """In a worker's process: a function that tells its versions."""
+def make_idle() -> Callable[[int], int]:
+    """In a worker's process: a function that does nothing."""
+    return _same
 
-    def tell(job: int) -> dict[str, str]:
-        del job
-        return versions()
 
-    return tell
+def _same(job: int) -> int:
+    return job
 
 
 def check_cluster(config: RunConfig, screen: Screen) -> Check:
-    """A worker starts, and runs the same versions."""
+    """A worker starts, and every node runs the same versions, Ray's and Python's among them."""
+    # Ray takes seconds to import, and an inline run needs none of it.
+    from raykernel.compute.ray_executor import node_versions, versions_here
+
     with closing(open_executor(config.compute, screen)) as executor:
-        (outcome,) = executor.run(node_facts, [0])
-    there, here = outcome.value(), versions()
-    other = [
-        f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]
+        (outcome,) = executor.run(make_idle, [0])
+        outcome.value()
+        nodes = node_versions()
+    here = versions_here()
+    other = dict.fromkeys(text for there in nodes if (text := difference(here, there)))
+    number = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+    runs = f"Ray {here['ray']}, Python {here['python']}"
+    found = f"{config.compute.address or 'local'}: starts workers; {number}, "
+    return Check("cluster", not other, found + ("; ".join(other) or f"all with {runs} as here"))
+
+
+def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
+    """How a node's versions differ from ours, None if they do not."""
+    rows = [
+        f"{name} {there.get(name)} (here {own})"
+        for name, own in here.items()
+        if name != "node" and there.get(name) != own
     ]
-    where = config.compute.address or "local"
-    found = f"Ray ({where}) starts workers" + (f" with {', '.join(other)}" if other else "")
-    return Check("cluster", not other, found)
+    return f"node {there['node']} has {', '.join(rows)}" if rows else None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raykernel.cli import main
+from raykernel.doctor import difference
 from tests import tiny
 
 
@@ -58,6 +59,15 @@ def test_doctor_examines_the_problem(model, here, capsys):
     out = capsys.readouterr().out
     assert "terrible" in out
     assert "padding" in out
+
+
+def test_versions_of_a_node_differ_by_ray_python_or_a_package():
+    """The node's name is no version; what the node lacks differs."""
+    here = {"ray": "2.60.0", "python": "3.11.7", "torch": "2.13.0", "node": "client"}
+    assert difference(here, here | {"node": "n1"}) is None
+    there = {"ray": "2.59.1", "python": "3.11.7", "node": "n2"}
+    said = "node n2 has ray 2.59.1 (here 2.60.0), torch None (here 2.13.0)"
+    assert difference(here, there) == said
 
 
 def test_a_projected_kernel_says_its_error_and_the_bound(model, here, capsys):

@@ -22,10 +22,12 @@ import dataclasses
 import logging
 import math
 import os
+import platform
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, Generic, cast
 
 # Ray reads these when it is imported or started; what the user has set stands.
@@ -35,6 +37,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 import ray
 from ray import exceptions as ray_errors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykernel.compute import trouble
 from raykernel.compute.address import TOKEN_HINT, check_address
@@ -191,6 +194,37 @@ def _join_cluster(address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         # RuntimeError: Ray compares its own version and Python's with the cluster's.
         raise InputError(f"compute.address={address}: {error}") from error
+
+
+def versions_here() -> dict[str, str]:
+    """Versions by package, Ray's among them, and the name of this node."""
+    return versions() | {"ray": metadata.version("ray"), "node": platform.node()}
+
+
+def node_versions() -> list[dict[str, str]]:
+    """Ask every living node of the cluster that this process has joined.
+
+    Returns:
+        What `versions_here` says there.
+
+    Raises:
+        RaykernelError: if a node lacks a package, or cannot answer.
+    """
+    ask: Any = ray.remote(versions_here)
+    nodes = [node["NodeID"] for node in cast(Any, ray).nodes() if node["Alive"]]
+    asked = [
+        ask.options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, False),
+        ).remote()
+        for node in nodes
+    ]
+    try:
+        return ray.get(asked)
+    except ray_errors.RayError as error:
+        failed = trouble.transport_error(error)
+        raise failed from error
 
 
 # ------------------------------------------------------------------ one run
