@@ -72,6 +72,16 @@ def show_selections(found: Selections, screen: Screen) -> None:
             "Note: the linear probe was fitted to all of train: no leave-one-out accuracy, and the "
             "marginal likelihood flatters."
         )
+    if False in found.verdicts:
+        screen.out.print(
+            f"Not kernel-like: in {found.verdicts.count(False)} of "
+            f"{counted(len(found.verdicts), 'stored verdict')} fine-tuning does not behave like "
+            "its kernel here, so that what a kernel foretells need not hold (table behavior)."
+        )
+    elif True not in found.verdicts:
+        screen.out.print(
+            "Whether fine-tuning behaves like its kernel here is not known: raykernel behavior."
+        )
     for one in found.by_kind:
         _show_notes(one, screen)
     screen.out.print(

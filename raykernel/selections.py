@@ -40,6 +40,9 @@ class Selections:
     prepared: Prepared
     completion: Completion
     by_kind: tuple[KindSelection, ...]
+    verdicts: tuple[bool | None, ...]
+    """What `raykernel behavior` found before of this data set, prompt and model: does fine-tuning
+    behave like its kernel? None: undefined."""
 
 
 def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Selections:
@@ -95,7 +98,17 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
         )
         store.write_results("selections", result_rows(prepared, one, overrides))
         found.append(one)
-    return Selections(prepared, completion, tuple(found))
+    return Selections(prepared, completion, tuple(found), _verdicts(prepared))
+
+
+def _verdicts(prepared: Prepared) -> tuple[bool | None, ...]:
+    """Stored verdicts on the same problem, whatever layers they are of."""
+    config, task = prepared.config, prepared.config.task
+    problem = (task.name, config.model.name, config.prompt.style.value, task.k, task.seed)
+    names = ("task", "model", "prompt", "k", "seed")
+    rows = Store(config.store.path).results("behavior").to_pylist()
+    same = [row for row in rows if tuple(row[name] for name in names) == problem]
+    return tuple(row["kernel_behavior"] for row in same)
 
 
 def _other_seeds(

@@ -271,6 +271,27 @@ def test_few_features_and_duplicates_are_named(
     assert "Unresolved: rounding hides" in out or "∞" in out
 
 
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [(False, "Not kernel-like: in 1 of 1 stored verdict "), (True, ""), (None, "is not known: ")],
+)
+def test_a_verdict_of_behavior_is_said(
+    place: Path, found: Selections, verdict: bool | None, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    """That of the same data set, prompt and model; of another one nothing is."""
+    store = Store("store")
+    row = {"fingerprint": found.prepared.fingerprint, "trial": "t", "solver": "s", "criteria": "c"}
+    row |= {"task": "file", "model": "model", "prompt": "manual", "k": 4, "seed": 13}
+    store.write_result("behavior", row | {"kernel_behavior": verdict})
+    store.write_result("behavior", row | {"trial": "u", "k": 5, "kernel_behavior": False})
+    again = selections(config_of(), (), Screen())
+    assert again.verdicts == (verdict,)
+    show_selections(again, Screen())
+    out = " ".join(capsys.readouterr().out.split())
+    assert said in out
+    assert ("kernel-like" in out or "not known" in out) == bool(said)
+
+
 def test_without_a_prompt_peft_is_given_the_encoder(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
