@@ -22,7 +22,7 @@ from pathlib import Path
 
 from raykernel.commands import Key, execute, keys_of, read_rows, show
 from raykernel.compose import ComposedRun
-from raykernel.compute.executor import versions
+from raykernel.compute.executor import provenance
 from raykernel.config import Json, RunConfig, canonical_json, fingerprint, plain
 from raykernel.console import Screen
 from raykernel.errors import (
@@ -171,7 +171,7 @@ def write_down(ended: Ended) -> None:
             "results": to_json(list(map(list, ended.keys))),
             "seconds": ended.seconds,
             "host": platform.node(),
-            "versions": canonical_json(versions()),
+            "versions": canonical_json(provenance()),
             "overrides": list(run.point.overrides),
         },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,12 @@ def test_a_run_is_done_once_and_its_row_names_its_results(place, capsys):
     trials = {row["trial"] for row in Store("store").results("trials").to_pylist()}
     named = [json.loads(row["results"]) for row in first]
     assert {key["trial"] for ((table, key),) in named if table == "trials"} == trials
+    made_by = json.loads(first[0]["versions"])
+    root = Path(__file__).resolve().parent.parent
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert head.startswith(made_by["commit"].removesuffix("-dirty"))
     assert sweep() == 0
     assert runs() == first
     assert "4 of 4 runs are complete" in capsys.readouterr().out

@@ -9,11 +9,13 @@ as they finish; kernels never pass through it.
 from __future__ import annotations
 
 import platform
+import subprocess
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from raykernel import errors
@@ -189,6 +191,24 @@ def _known_class(error: RaykernelError) -> str:
 def versions() -> dict[str, str]:
     """Versions that decide whether two processes compute the same numbers."""
     return dict(_installed())
+
+
+def provenance() -> dict[str, str]:
+    """What made a result: versions, and the commit where raykernel is a checkout."""
+    return versions() | _commit()
+
+
+@lru_cache(maxsize=1)
+def _commit() -> dict[str, str]:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # no git, or not its owner
+        return {}
+    return {"commit": found.stdout.strip()}
 
 
 @lru_cache(maxsize=1)

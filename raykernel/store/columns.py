@@ -123,6 +123,8 @@ SPECTRUM_ROWS = (
 )
 PATH = text("path", "Folder below the store that the row is of, and lasts as long as.")
 CREATED = time("created", "When the row was written, UTC.")
-VERSIONS = text("versions", "Version of every package that matters, as JSON.")
+VERSIONS = text(
+    "versions", "Version of every package that matters, and the commit of a checkout, as JSON."
+)
 OVERRIDES = texts("overrides", "Command line of the run.")
 IDENTITY = text("identity", "All that decides the numbers, as JSON: its hash is the name.")
