@@ -47,11 +47,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def page(request: pytest.FixtureRequest, browser: Any, made: Made) -> Path:
     """Each page, opened at the width of a desktop, in light."""
     path: Path = getattr(made, request.param)
+    open_page(browser, path)
+    return path
+
+
+def open_page(browser: Any, path: Path) -> None:
+    """Show a page, and forget what the browser asked for itself before."""
     see(browser, 1200, "light")
     browser.get("about:blank")
-    browser.get_log("performance")  # what the browser asked for itself
+    browser.get_log("performance")
     browser.get(path.as_uri())
-    return path
 
 
 def see(browser: Any, width: int, scheme: str) -> None:
