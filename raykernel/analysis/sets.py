@@ -13,9 +13,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import ThreadpoolController
 
 from raykernel.analysis.outputs import choose_outputs, combined
 from raykernel.analysis.predictors import Predictor, Reads
@@ -236,7 +238,9 @@ class Scores:
         # Linear algebra leaves Python's lock alone, so that threads share its work.
         threads = min(len(batches), num_threads()) if self._reads.is_of_kernel else 0
         pool = ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext()
-        with pool as workers:
+        # A library that starts threads of its own in each of ours would be twice as slow.
+        alone = _libraries().limit(limits=1) if threads > 1 else contextlib.nullcontext()
+        with alone, pool as workers:
             found = (workers.map if workers else map)(self._batch, batches)
             for batch, values in zip(batches, found, strict=True):
                 self.known.update(zip(batch, values, strict=True))
@@ -245,6 +249,12 @@ class Scores:
     def _batch(self, sets: Sequence[Chosen]) -> list[Goodness]:
         starts = self.candidates.starts(sets, self._reads)
         return [tuple(one.goodness(start) for one in self._predictors) for start in starts]
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> ThreadpoolController:
+    """Linear algebra that is loaded; to look for it takes milliseconds."""
+    return ThreadpoolController()
 
 
 def num_threads() -> int:
