@@ -14,7 +14,7 @@ from benchmarks.peers import LOOP
 from benchmarks.tables import Table
 from benchmarks.timing import Say, Timing, measure, settle
 from benchmarks.workloads import roberta
-from raykernel.compute.process import peak_resident_bytes
+from raykernel.provenance import peak_resident_bytes
 
 SIZES: dict[str, tuple[str, Sequence[int]]] = {
     "texts": ("N", (16, 32, 64, 128)),

@@ -36,6 +36,7 @@ from raykernel.console import Screen
 from raykernel.jobs import LateExecutor, run_jobs
 from raykernel.pipeline import begin_kernel, complete_cells, open_kernel
 from raykernel.prepared import Prepared, example_labels, prepare, worker_spec
+from raykernel.provenance import Meter
 from raykernel.regress import solve, wanted_rows
 from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell, Grid
@@ -179,6 +180,7 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
     Returns:
         Measurements and verdict.
     """
+    meter = Meter()
     asked, config = config.kernel.kinds, settled(config)
     if config.kernel.kinds != asked:
         kinds = " and ".join(kind.value for kind in config.kernel.kinds)
@@ -193,16 +195,18 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
     handle = open_kernel(prepared)
     cells = compared_cells(handle.grid, config.behavior.test_limit)
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
-        kernels = kernel_before(prepared, handle, cells, executor=executor, screen=screen)
+        kernels, peak_before = kernel_before(
+            prepared, handle, cells, executor=executor, screen=screen
+        )
         screen.say("Fine-tuning")
-        trial = complete_trial(prepared, overrides, executor, screen).trial
-        tuned = at_trial(prepared, trial, compared_kind(config))
+        trial = complete_trial(prepared, overrides, executor, screen)
+        tuned = at_trial(prepared, trial.trial, compared_kind(config))
         after = begin_tuned(tuned, handle)
-        kernel_after(tuned, after, cells, executor=executor, screen=screen)
+        peak_after = kernel_after(tuned, after, cells, executor=executor, screen=screen)
     outputs = read_outputs(prepared, handle, after)
     found = Behavior(
         prepared=prepared,
-        trial=trial,
+        trial=trial.trial,
         kernels=kernels,
         outputs=outputs,
         distance=distance(handle, after, cells, config=config),
@@ -210,7 +214,9 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         num_compared=len({i for cell in cells for i in cell.rows}),
         tuned_fingerprint=after.fingerprint,
     )
-    Store(config.store.path).write_result("behavior", result_row(found, overrides))
+    peak = max(peak_before, peak_after, trial.row["peak_memory_bytes"])
+    row = result_row(found, overrides) | meter.columns(peak)
+    Store(config.store.path).write_result("behavior", row)
     return found
 
 
@@ -248,7 +254,7 @@ def kernel_before(
     *,
     executor: Executor,
     screen: Screen,
-) -> dict[Kind, RegressionResult]:
+) -> tuple[dict[Kind, RegressionResult], int]:
     """Complete the kernel at θ_PT and solve kernel regression with it.
 
     Args:
@@ -259,17 +265,18 @@ def kernel_before(
         screen: where progress is shown.
 
     Returns:
-        Scores by kind, of those that describe the optimizer.
+        Scores by kind, of those that describe the optimizer; largest memory of a worker, bytes.
     """
     screen.say("Kernel before fine-tuning")
     config, grid = prepared.config, handle.grid
     wanted = {*grid.cells(wanted_rows(config, grid)), *cells}
     ordered = [cell for cell in grid.cells() if cell in wanted]
     # All before regression, which then predicts test in the same way when it is repeated.
-    complete_cells(prepared, handle, ordered, executor=executor, screen=screen)
-    results = solve(prepared, handle, executor, screen).results
+    done = complete_cells(prepared, handle, ordered, executor=executor, screen=screen)
+    found = solve(prepared, handle, executor, screen)
     analogs = ANALOGS[config.training.optimizer]
-    return {kind: result for kind, result in results.items() if kind in analogs}
+    results = {kind: result for kind, result in found.results.items() if kind in analogs}
+    return results, max(done.peak_memory_bytes, found.peak_memory_bytes)
 
 
 def at_trial(prepared: Prepared, trial: str, kind: Kind) -> Prepared:
@@ -315,7 +322,7 @@ def kernel_after(
     *,
     executor: Executor,
     screen: Screen,
-) -> None:
+) -> int:
     """Complete the linearised and fine-tuned outputs of test, and the blocks at θ_FT.
 
     Args:
@@ -324,10 +331,14 @@ def kernel_after(
         cells: blocks of test with train that are to be compared.
         executor: where.
         screen: where progress is shown.
+
+    Returns:
+        Largest memory of a worker, bytes.
     """
     screen.say("Linearised model, and kernel after fine-tuning")
     linearize(tuned, handle, executor, screen)
-    complete_cells(tuned, handle, cells, executor=executor, screen=screen)
+    done = complete_cells(tuned, handle, cells, executor=executor, screen=screen)
+    return done.peak_memory_bytes
 
 
 def linearize(tuned: Prepared, handle: KernelHandle, executor: Executor, screen: Screen) -> None:

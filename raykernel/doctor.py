@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from raykernel.analysis.gram import DEAD
-from raykernel.compute.executor import versions
 from raykernel.compute.memory import GIB
 from raykernel.config import RunConfig
 from raykernel.console import Screen, size
@@ -33,6 +32,7 @@ from raykernel.problem.batches import collate
 from raykernel.problem.checkpoints import load_tokenizer
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
+from raykernel.provenance import versions
 from raykernel.store.blocks import Store
 from raykernel.terms import ExecutorName, Precision
 

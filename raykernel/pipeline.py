@@ -18,7 +18,7 @@ import numpy as np
 
 from raykernel.analysis.behavior import output_derivatives
 from raykernel.compute.error_text import distortion_text, lora_text
-from raykernel.compute.executor import Executor, provenance
+from raykernel.compute.executor import Executor
 from raykernel.config import RunConfig, canonical_json, differences
 from raykernel.console import Screen, duration, size
 from raykernel.errors import InputError, StoreMismatchError
@@ -364,7 +364,6 @@ def result_row(
             "seconds": completion.seconds + regression.seconds,
             "peak_memory_bytes": max(completion.peak_memory_bytes, regression.peak_memory_bytes),
             "overrides": list(overrides),
-            "versions": canonical_json(provenance()),
             "identity": canonical_json(prepared.identity),
         }
     )

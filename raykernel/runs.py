@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,7 @@ from pathlib import Path
 
 from raykernel.commands import Key, execute, keys_of, read_rows, show
 from raykernel.compose import ComposedRun
-from raykernel.compute.executor import provenance
-from raykernel.config import Json, RunConfig, canonical_json, fingerprint, plain
+from raykernel.config import Json, RunConfig, fingerprint, plain
 from raykernel.console import Screen
 from raykernel.errors import (
     DivergedError,
@@ -170,8 +168,6 @@ def write_down(ended: Ended) -> None:
             "error": ended.error or None,
             "results": to_json(list(map(list, ended.keys))),
             "seconds": ended.seconds,
-            "host": platform.node(),
-            "versions": canonical_json(provenance()),
             "overrides": list(run.point.overrides),
         },
     )

@@ -25,6 +25,7 @@ from raykernel.jobs import LateExecutor
 from raykernel.pipeline import Completion, complete_train
 from raykernel.prepared import Prepared, identity_of, prepare
 from raykernel.problem.skeleton import layer_linears
+from raykernel.provenance import Meter
 from raykernel.ranked import KindSelection, rank
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
@@ -59,6 +60,7 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
     Raises:
         InputError: if the criterion needs a budget, the kernel has no spectrum, or no layer fits.
     """
+    meter = Meter()
     _check(config)
     prepared = prepare(config, screen)
     has_prompt = config.prompt.style is not PromptStyle.none
@@ -96,7 +98,9 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
             parameters=config.parameters,
             has_prompt=has_prompt,
         )
-        store.write_results("selections", result_rows(prepared, one, overrides))
+        cost = meter.columns(completion.peak_memory_bytes)
+        rows = result_rows(prepared, one, overrides)
+        store.write_results("selections", [row | cost for row in rows])
         found.append(one)
     return Selections(prepared, completion, tuple(found), _verdicts(prepared))
 

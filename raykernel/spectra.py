@@ -31,6 +31,7 @@ from raykernel.console import Screen
 from raykernel.errors import InputError, NotPositiveSemidefiniteError
 from raykernel.pipeline import Completion, complete_train
 from raykernel.prepared import Prepared, example_labels, prepare
+from raykernel.provenance import Meter
 from raykernel.store.blocks import Store
 from raykernel.store.groups import layer_of, module_of, parts, select_groups
 from raykernel.store.kernels import KernelHandle
@@ -101,6 +102,7 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
     Raises:
         InputError: if no kind of kernel that the run names has a spectrum.
     """
+    meter = Meter()
     kinds = [kind for kind in config.kernel.kinds if kind.is_symmetric]
     names = [kind.value for kind in config.kernel.kinds]
     require(bool(kinds), "kernel.kinds", names, "sgd or signgd: asigngd is not symmetric")
@@ -127,8 +129,9 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
         {kind: layer_changes(handle, kind, config.spectrum, screen) for kind in kinds},
         handle.has_pinned("projection"),
     )
+    cost = meter.columns(completion.peak_memory_bytes)
     for rows in result_rows(found, overrides):
-        store.write_results("spectra", rows)
+        store.write_results("spectra", [row | cost for row in rows])
     return found
 
 

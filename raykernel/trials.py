@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raykernel.compute.executor import Executor, provenance
+from raykernel.compute.executor import Executor
 from raykernel.config import Json, RunConfig, TrainingConfig, canonical_json, fingerprint, require
 from raykernel.console import Screen, counted, duration, size
 from raykernel.errors import BlockCorruptError, InputError, RunError
@@ -355,7 +355,6 @@ def _row(
         "peak_memory_bytes": result.peak_memory_bytes,
         "weights_checksum": result.weights_checksum,
         "overrides": list(overrides),
-        "versions": canonical_json(provenance()),
         "parameters": canonical_json(config.parameters.identity),
         "training": canonical_json(training.identity),
     }

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raykernel.compute.executor import Executor, provenance
+from raykernel.compute.executor import Executor
 from raykernel.config import RunConfig, canonical_json
 from raykernel.console import Screen, duration
 from raykernel.jobs import LateExecutor
@@ -165,7 +165,6 @@ def _shared_columns(
         "peak_memory_bytes": found.peak_memory_bytes,
         "last_checksum": found.last_checksum,
         "weights_checksum": found.weights_checksum,
-        "versions": canonical_json(provenance()),
         "overrides": list(overrides),
     }
 

@@ -8,14 +8,9 @@ as they finish; kernels never pass through it.
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import metadata
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from raykernel import errors
@@ -186,37 +181,3 @@ def _known_class(error: RaykernelError) -> str:
     """Name of the nearest class of `raykernel.errors` that the error belongs to."""
     known = (cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
     return next(known)
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide whether two processes compute the same numbers."""
-    return dict(_installed())
-
-
-def provenance() -> dict[str, str]:
-    """What made a result: versions, and the commit where raykernel is a checkout."""
-    return versions() | _commit()
-
-
-@lru_cache(maxsize=1)
-def _commit() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return {}
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):  # no git, or not its owner
-        return {}
-    return {"commit": found.stdout.strip()}
-
-
-@lru_cache(maxsize=1)
-def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("raykernel", "torch", "transformers", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import platform
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +13,7 @@ import torch
 
 from raykernel.compute.memory import GIB
 from raykernel.config import ComputeConfig
+from raykernel.provenance import peak_resident_bytes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of two of its settings (malloc.h)."""
@@ -78,20 +78,3 @@ def peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_reserved(device)
     return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident memory that this process had, in bytes.
-
-    NOTE: not `getrusage`, whose maximum a process inherits from the one that started it.
-
-    Returns:
-        The maximum; on systems that do not keep one, the present value.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    memory = psutil.Process().memory_info()
-    return int(getattr(memory, "peak_wset", memory.rss))

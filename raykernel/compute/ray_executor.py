@@ -42,10 +42,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raykernel.compute import trouble
 from raykernel.compute.address import TOKEN_HINT, check_address
 from raykernel.compute.backlog import Backlog, Task
-from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, versions
+from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success
 from raykernel.compute.shell import Shell
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError, RunError, WorkerLostError
+from raykernel.provenance import versions
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Shared memory of a local cluster: only tokens of the examples pass through it."""

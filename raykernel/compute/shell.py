@@ -10,7 +10,8 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-from raykernel.compute.executor import Failure, Success, attempt, versions
+from raykernel.compute.executor import Failure, Success, attempt
+from raykernel.provenance import versions
 
 
 class Shell:

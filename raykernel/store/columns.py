@@ -107,7 +107,7 @@ LEARNING_RATE = number("learning_rate", "Learning rate of the first step.")
 BATCH_SIZE = integer("batch_size", "Examples of a step.")
 STEPS = integer("steps", "Steps of training.")
 SECONDS = number("seconds", "Wall-clock seconds that it took.")
-PEAK_MEMORY = integer("peak_memory_bytes", "Largest resident memory of a worker.")
+PEAK_MEMORY = integer("peak_memory_bytes", "Largest memory of a process of the run.")
 SOLUTION = (
     text("solved_by", "Solver: ridge, logistic or asymmetric."),
     number("ridge", "Selected ridge, relative to the operator norm of K(train, train)."),
@@ -122,9 +122,13 @@ SPECTRUM_ROWS = (
     integer("num_unresolved", "Eigenvalues that are rounding noise of the stored kernel."),
 )
 PATH = text("path", "Folder below the store that the row is of, and lasts as long as.")
-CREATED = time("created", "When the row was written, UTC.")
-VERSIONS = text(
-    "versions", "Version of every package that matters, and the commit of a checkout, as JSON."
+ORIGIN = (
+    time("created", "When the row was written, UTC."),
+    text(
+        "versions", "Version of every package that matters, and the commit of a checkout, as JSON."
+    ),
+    text("host", "Machine that wrote the row."),
 )
+"""What made a row; the store fills it in."""
 OVERRIDES = texts("overrides", "Command line of the run.")
 IDENTITY = text("identity", "All that decides the numbers, as JSON: its hash is the name.")

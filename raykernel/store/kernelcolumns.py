@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from raykernel.store.columns import (
-    CREATED,
     FINGERPRINT,
     IDENTITY,
     KIND,
@@ -12,6 +11,7 @@ from raykernel.store.columns import (
     MODEL,
     NUM_OUTPUTS,
     NUM_TRAIN,
+    ORIGIN,
     OVERRIDES,
     PARAMETERS,
     PATH,
@@ -23,7 +23,6 @@ from raykernel.store.columns import (
     SPECTRUM_ROWS,
     SPLIT_SIZES,
     TASK,
-    VERSIONS,
     ZERO_SHOT,
     flag,
     integer,
@@ -62,8 +61,7 @@ KERNELS = (
     SECONDS,
     PEAK_MEMORY,
     PATH,
-    CREATED,
-    VERSIONS,
+    *ORIGIN,
     OVERRIDES,
     IDENTITY,
 )
@@ -132,8 +130,10 @@ SPECTRA = (
     PARAMETERS,
     *SPECTRUM_ROWS,
     *_READINGS,
+    SECONDS,
+    PEAK_MEMORY,
     PATH,
-    CREATED,
+    *ORIGIN,
     OVERRIDES,
 )
 
@@ -202,8 +202,10 @@ SELECTIONS = (
     integer("num_features", "Rank at the most; null: not counted."),
     number("sigma", "Ridge of all choices, in units of the kernel."),
     *_SCORES,
+    SECONDS,
+    PEAK_MEMORY,
     PATH,
-    CREATED,
+    *ORIGIN,
     OVERRIDES,
 )
 

@@ -37,6 +37,7 @@ import xxhash
 from raykernel.config import fingerprint
 from raykernel.errors import BlockCorruptError, nearest
 from raykernel.location import RemotePath, StorePath, fetch, names
+from raykernel.provenance import origin
 from raykernel.store.commit import commit, make_folder, sync_folder
 from raykernel.store.tables import TABLES, ResultTable, result_table
 
@@ -62,7 +63,8 @@ def write_result(root: StorePath, table: str, row: dict[str, Any]) -> StorePath:
     Args:
         root: folder of the store.
         table: name of the table.
-        row: value by column; columns left out are null, `created` is now, `path` is known.
+        row: value by column; columns left out are null; `created`, `path`, `versions` and `host`
+            are known.
 
     Returns:
         The file.
@@ -96,7 +98,7 @@ def write_results(root: StorePath, table: str, rows: Sequence[dict[str, Any]]) -
     if any(row[name] != first[name] for row in rows for name in spec.key):
         raise ValueError(f"{table}: found rows of several keys, expected one key in a file")
     owner = spec.folder.format(**first)
-    known = {"created": datetime.now(timezone.utc), "path": owner or None}
+    known = {"created": datetime.now(timezone.utc), "path": owner or None} | origin()
     sink = pa.BufferOutputStream()
     # Columns that a table does not have, such as a curve's `path`, are left out by the schema.
     arrow = pa.Table.from_pylist([known | row for row in rows], schema=spec.schema)
@@ -375,9 +377,9 @@ def newest_rows(parts: Sequence[pa.Table], spec: ResultTable) -> pa.Table:
         for key, version in zip(part[KEY].to_pylist(), part[VERSION].to_pylist(), strict=True)
     ]
     newest: dict[str, tuple[str, int]] = {}
-    for key, origin in origins:
-        newest[key] = max(newest.get(key, origin), origin)
-    mask = [newest[key] == origin for key, origin in origins]
+    for key, place in origins:
+        newest[key] = max(newest.get(key, place), place)
+    mask = [newest[key] == place for key, place in origins]
     return pa.concat_tables(parts).combine_chunks().filter(pa.array(mask))
 
 

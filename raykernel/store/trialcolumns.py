@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from raykernel.store.columns import (
     BATCH_SIZE,
-    CREATED,
     FINGERPRINT,
     IDENTITY,
     LEARNING_RATE,
@@ -14,6 +13,7 @@ from raykernel.store.columns import (
     METRIC,
     NUM_OUTPUTS,
     OPTIMIZER,
+    ORIGIN,
     OVERRIDES,
     PARAMETERS,
     PATH,
@@ -25,7 +25,6 @@ from raykernel.store.columns import (
     SPLIT_SIZES,
     STEPS,
     TRIAL,
-    VERSIONS,
     ZERO_SHOT,
     flag,
     integer,
@@ -61,8 +60,7 @@ TRIALS = (
     PEAK_MEMORY,
     text("weights_checksum", "xxh3 of best.safetensors; null: not kept."),
     PATH,
-    CREATED,
-    VERSIONS,
+    *ORIGIN,
     OVERRIDES,
     PARAMETERS,
     text("training", "The configuration group training, as JSON."),
@@ -125,8 +123,7 @@ TWINS = (
     text("last_checksum", "xxh3 of last.safetensors, the parameters of f."),
     text("weights_checksum", "xxh3 of twin.safetensors, the parameters of the twin."),
     PATH,
-    CREATED,
-    VERSIONS,
+    *ORIGIN,
     OVERRIDES,
 )
 
@@ -184,8 +181,10 @@ BEHAVIOR = (
     text("compared_kind", "Kind of the kernels that are compared before and after."),
     integer("num_compared", "Test examples of the compared block."),
     *_DISTANCES,
+    SECONDS,
+    PEAK_MEMORY,
     PATH,
-    CREATED,
+    *ORIGIN,
     OVERRIDES,
 )
 
@@ -199,8 +198,6 @@ RUNS = (
     text("error", "What was said of a failure; null: none."),
     text("results", "Where its results are, as JSON: a list of [table, key columns]."),
     SECONDS,
-    text("host", "Machine that ran it."),
-    CREATED,
-    VERSIONS,
+    *ORIGIN,
     OVERRIDES,
 )

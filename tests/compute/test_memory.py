@@ -25,10 +25,10 @@ from raykernel.compute.memory import (
     sketch_sizes,
     slowness,
 )
-from raykernel.compute.process import peak_resident_bytes
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError
 from raykernel.ntk.stream import StreamBytes
+from raykernel.provenance import peak_resident_bytes
 from tests.compute.tiny_problem import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_a_sample_is_as_large_as_fits_and_never_empty() -> None:
 
 def test_the_peak_is_this_processes_own() -> None:
     """A process inherits `ru_maxrss` from its parent, but not what is read here."""
-    code = "from raykernel.compute.process import peak_resident_bytes as p; print(p())"
+    code = "from raykernel.provenance import peak_resident_bytes as p; print(p())"
     ballast = bytearray(400 * MIB)
     ballast[::4096] = b"x" * len(ballast[::4096])
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -175,7 +175,7 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 from dataclasses import replace
-from raykernel.compute.process import peak_resident_bytes
+from raykernel.provenance import peak_resident_bytes
 from raykernel.config import ModelConfig, ProjectionConfig
 from raykernel.terms import Architecture, Projection
 from tests.compute.tiny_problem import handle_of, make_spec, texts
