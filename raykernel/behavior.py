@@ -199,7 +199,9 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
             prepared, handle, cells, executor=executor, screen=screen
         )
         screen.say("Fine-tuning")
+        training = Meter()
         trial = complete_trial(prepared, overrides, executor, screen)
+        trained = training.seconds
         tuned = at_trial(prepared, trial.trial, compared_kind(config))
         after = begin_tuned(tuned, handle)
         peak_after = kernel_after(tuned, after, cells, executor=executor, screen=screen)
@@ -215,7 +217,7 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
         tuned_fingerprint=after.fingerprint,
     )
     peak = max(peak_before, peak_after, trial.row["peak_memory_bytes"])
-    row = result_row(found, overrides) | meter.columns(peak)
+    row = result_row(found, overrides) | meter.columns(peak) | {"seconds": meter.seconds - trained}
     Store(config.store.path).write_result("behavior", row)
     return found
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from raykernel.compose import ComposedRun
 from raykernel.config import SweepConfig, fingerprint
 from raykernel.console import Screen, counted
-from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel
+from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel, waves
 from raykernel.errors import InputError
 from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, stored
 from raykernel.search import Search
@@ -143,8 +143,8 @@ def complete_runs(runs: Sequence[Run], engine: Engine, runner: Runner, heard: He
             keep(before)
         else:
             missing.append(run)
-    if missing:
-        engine.run(by_kernel(missing), runner, keep)
+    for wave in waves(missing):
+        engine.run(by_kernel(wave), runner, keep)
     return [replace(known[run.id], run=run) for run in runs if run.id in known]
 
 

@@ -225,7 +225,7 @@ class PoolEngine:
         compute = run.composed.config.compute
         with contextlib.closing(self.executor(compute)) as executor:
             # Of one kernel the first choice computes the blocks for all others.
-            head = 1 if run.point.command.is_of_kernel else 0
+            head = 1 if run.point.command.needs_kernel else 0
             for part in (slots[:head], slots[head:]):
                 self._give(executor, partial(_same, searcher), part, heard)
 
@@ -338,6 +338,27 @@ def by_kernel(runs: Sequence[Run]) -> list[Job]:
         key = run.kernel if run.point.command.is_of_kernel else number
         found.setdefault(key, []).append(run)
     return [tuple(job) for job in found.values()]
+
+
+def waves(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs in the order in which none computes blocks that another one is computing.
+
+    Args:
+        runs: which.
+
+    Returns:
+        One wave; or two, if runs that train besides share a kernel: the first of each goes ahead.
+    """
+    ahead: list[Run] = []
+    behind: list[Run] = []
+    seen: set[str] = set()
+    for run in runs:
+        command = run.point.command
+        waits = command.needs_kernel and not command.is_of_kernel and run.kernel in seen
+        (behind if waits else ahead).append(run)
+        if command.needs_kernel:
+            seen.add(run.kernel)
+    return [wave for wave in (ahead, behind) if wave]
 
 
 def first_run(searcher: Searcher) -> Run:

@@ -35,6 +35,11 @@ class Meter:
 
     start: float = field(default_factory=time.monotonic)
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds until now."""
+        return time.monotonic() - self.start
+
     def columns(self, workers_peak: int = 0) -> dict[str, object]:
         """Columns of a result row.
 
@@ -45,7 +50,7 @@ class Meter:
             `seconds` until now, and `peak_memory_bytes`, this process included.
         """
         return {
-            "seconds": time.monotonic() - self.start,
+            "seconds": self.seconds,
             "peak_memory_bytes": max(workers_peak, peak_resident_bytes()),
         }
 

@@ -265,6 +265,11 @@ class Command(Enum):
         """It computes blocks and trains nothing: runs of one kernel share them."""
         return self in (Command.kernel, Command.spectrum, Command.select)
 
+    @property
+    def needs_kernel(self) -> bool:
+        """It computes blocks, or finds those of another run."""
+        return self.is_of_kernel or self is Command.behavior
+
 
 class EngineName(Enum):
     """What runs the runs of a study."""

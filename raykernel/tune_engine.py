@@ -90,7 +90,7 @@ class TuneEngine(PoolEngine):
             heard: told of every run that has ended.
         """
         run = first_run(searcher)
-        if run.point.command.is_of_kernel:
+        if run.point.command.needs_kernel:
             # The first choice computes the blocks for all others.
             super().search(searcher, slots[:1], heard)
             slots = slots[1:]

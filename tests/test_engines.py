@@ -16,7 +16,7 @@ from raykernel import commands
 from raykernel.cli import main
 from raykernel.conduct import arm_points, make_searcher
 from raykernel.console import Screen
-from raykernel.engines import by_kernel
+from raykernel.engines import by_kernel, waves
 from raykernel.errors import DivergedError, InputError, OutOfMemoryError, RunError, WorkerLostError
 from raykernel.runs import Runner, cause_of, make_run, rows_of, stored
 from raykernel.search import Search, make_sampler
@@ -185,6 +185,27 @@ def test_runs_that_share_a_kernel_are_one_job(place):
     assert [[run.point.own for run in job] for job in jobs] == [[p.own for p in points[:2]]] * 2
     trained = [make_run("rates", point) for point in arm_points(ridges, arm, [])]
     assert [len(job) for job in by_kernel(trained)] == [1] * 4
+
+
+def test_of_runs_that_train_and_share_a_kernel_one_goes_ahead(place):
+    """The others find its blocks; of commands of the kernel alone one job does them in a row."""
+    plan = make_plan(load_study("rates"), [])
+    (arm,) = plan.study.arms
+    by_command = {
+        command: [
+            make_run(
+                "rates",
+                Point("B", command, (*plan.point(arm, cell, ()).overrides, own), cell, (own,)),
+            )
+            for cell in plan.cells()
+            for own in ("training.learning_rate=0.1", "training.learning_rate=0.2")
+        ]
+        for command in (Command.behavior, Command.kernel, Command.finetune)
+    }
+    first, second, third, fourth = by_command[Command.behavior]
+    assert waves(by_command[Command.behavior]) == [[first, third], [second, fourth]]
+    for command in (Command.kernel, Command.finetune):
+        assert waves(by_command[command]) == [by_command[command]]
 
 
 def test_no_run_begins_after_the_deadline(place, capsys):

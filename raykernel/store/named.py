@@ -113,6 +113,15 @@ QUERIES = {
         UNION ALL
         SELECT 'twin', task, model, max(seconds), max(peak_memory_bytes), max(created)
         FROM twins GROUP BY trial, task, model
+        UNION ALL
+        -- A command's rows share its seconds.
+        SELECT 'spectrum', task, model, max(seconds), max(peak_memory_bytes), max(created)
+        FROM spectra GROUP BY fingerprint, ridge, task, model
+        UNION ALL
+        SELECT 'select', task, model, max(seconds), max(peak_memory_bytes), max(created)
+        FROM selections GROUP BY fingerprint, settings, ridge, task, model
+        UNION ALL
+        SELECT 'behavior', task, model, seconds, peak_memory_bytes, created FROM behavior
     )
     SELECT command, task, model, count(*) AS results, sum(seconds) AS seconds,
         avg(seconds) AS mean_seconds, max(peak) / 1024 ** 3 AS peak_gib, max(created) AS last

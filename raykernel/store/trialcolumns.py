@@ -181,7 +181,7 @@ BEHAVIOR = (
     text("compared_kind", "Kind of the kernels that are compared before and after."),
     integer("num_compared", "Test examples of the compared block."),
     *_DISTANCES,
-    SECONDS,
+    number("seconds", "Wall-clock seconds of all but fine-tuning, which are the trial's."),
     PEAK_MEMORY,
     PATH,
     *ORIGIN,

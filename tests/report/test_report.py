@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import platform
 import re
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
@@ -411,3 +412,15 @@ def test_every_colour_is_seen_on_its_ground(name, dark):
 
     low, high = sorted(luminance(PALETTE[key][dark]) for key in (name, "paper"))
     assert (high + 0.05) / (low + 0.05) >= (4.5 if name in {"ink", "muted"} else 3.0)
+
+
+@pytest.mark.parametrize(
+    "table", ["kernels", "spectra", "selections", "trials", "twins", "behavior"]
+)
+def test_a_result_says_where_it_comes_from_and_what_it_took(made, table):
+    for row in made.store.results(table).to_pylist():
+        assert row["seconds"] >= 0
+        assert row["peak_memory_bytes"] > 50 * 2**20  # no process with PyTorch has less
+        assert row["host"] == platform.node()
+        assert {"raykernel", "torch", "python"} <= json.loads(row["versions"]).keys()
+        assert row["overrides"]

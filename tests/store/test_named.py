@@ -40,6 +40,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         cost = {"seconds": 100.0 if solver == "{}" else 1.0, "peak_memory_bytes": 2**31}
         scores = {"seed": 13, "dev": 0.75, "kernel_regression": 0.65}
         store.write_result("kernels", problem | key | cost | scores)
+    for group in ("a", "b"):
+        read = {"fingerprint": "f", "kind": "sgd", "groups": [group], "ridge": 1.0, "seed": 13}
+        store.write_result(
+            "spectra", {name: problem[name] for name in ("task", "model")} | read | {"seconds": 3.0}
+        )
     return store
 
 
@@ -60,10 +65,11 @@ def test_best_is_the_mean_over_seeds_of_what_dev_selects(store: Store) -> None:
     assert next(iter(found)) == "fine-tuning (sgd, full)"
 
 
-def test_cost_counts_what_kinds_share_once(store: Store) -> None:
-    kernel, tuned = run(store, "cost")
+def test_cost_counts_what_rows_of_one_run_share_once(store: Store) -> None:
+    kernel, tuned, read = run(store, "cost")
     assert (kernel["command"], kernel["results"], kernel["seconds"]) == ("kernel", 2, 101.0)
     assert (tuned["command"], tuned["results"], tuned["seconds"]) == ("finetune", 4, 40.0)
+    assert (read["command"], read["results"], read["seconds"]) == ("spectrum", 1, 3.0)
     assert (kernel["peak_gib"], tuned["peak_gib"]) == (2.0, 1.0)
 
 
