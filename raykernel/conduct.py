@@ -16,7 +16,7 @@ from raykernel.config import SweepConfig, fingerprint
 from raykernel.console import Screen, counted
 from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel, waves
 from raykernel.errors import InputError
-from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, stored
+from raykernel.runs import Ended, Recorder, Run, Runner, make_run, recalled, rows_of, stored
 from raykernel.search import Search
 from raykernel.space import Plan, Point, is_harmless, spelt
 from raykernel.store.blocks import Store
@@ -143,9 +143,21 @@ def complete_runs(runs: Sequence[Run], engine: Engine, runner: Runner, heard: He
             keep(before)
         else:
             missing.append(run)
+    _complete_unions(missing, engine)
     for wave in waves(missing):
         engine.run(by_kernel(wave), runner, keep)
     return [replace(known[run.id], run=run) for run in runs if run.id in known]
+
+
+def _complete_unions(runs: Sequence[Run], engine: Engine) -> None:
+    """Compute kernels for several runs at once where that saves passes."""
+    samples = {(run.composed.config.task.k, run.composed.config.task.seed) for run in runs}
+    if len(samples) < 2 or not any(run.wants_test for run in runs):
+        return
+    from raykernel.union import unions  # it takes PyTorch
+
+    for union in unions(runs, Recorder(100)):
+        engine.complete(union)
 
 
 def search_arm(plan: Plan, arm: Arm, engine: Engine, runner: Runner, heard: Heard) -> list[Ended]:

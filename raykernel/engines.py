@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from raykernel.compute.executor import Executor, InlineExecutor
 from raykernel.config import ComputeConfig, SweepConfig
 from raykernel.console import Screen
 from raykernel.errors import RaykernelError
+from raykernel.jobs import LateExecutor
 from raykernel.runs import Ended, Run, Runner, failure, make_run, rows_of, stored, write_down
 from raykernel.search import Search
 from raykernel.space import Point
 from raykernel.terms import Command, ExecutorName, RunStatus
+
+if TYPE_CHECKING:  # it takes PyTorch, which a study that is stored does without
+    from raykernel.union import Union
 
 Heard = Callable[[Ended], None]
 """Told of every run that has ended."""
@@ -114,6 +118,13 @@ class Engine(Protocol):
     ) -> None:
         """End the workers."""
 
+    def complete(self, union: Union) -> None:
+        """Compute a kernel that several runs share.
+
+        Args:
+            union: which.
+        """
+
     def run(self, jobs: Sequence[Job], runner: Runner, heard: Heard) -> None:
         """Do jobs; a failing run stops no other.
 
@@ -176,6 +187,22 @@ class PoolEngine:
     def screen(self) -> Screen:
         """Where they are reported."""
         return self._screen
+
+    def complete(self, union: Union) -> None:
+        """See `Engine.complete`.
+
+        Args:
+            union: which.
+        """
+        config = union.prepared.config
+        name = f"{config.task.name}, {config.model.name}"
+        self._screen.say(f"{name}: one kernel for {union.num_samples} samples")
+        if self.is_here or config.compute.executor is ExecutorName.ray:
+            executor: Executor = LateExecutor(config.compute, self._screen)
+        else:
+            executor = self.executor(config.compute)
+        with contextlib.closing(executor):
+            union.complete(executor, self._screen)
 
     def run(self, jobs: Sequence[Job], runner: Runner, heard: Heard) -> None:
         """See `Engine.run`.
@@ -341,23 +368,28 @@ def by_kernel(runs: Sequence[Run]) -> list[Job]:
 
 
 def waves(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in the order in which none computes blocks that another one is computing.
+    """Runs in the order in which none computes what another one is computing.
 
     Args:
         runs: which.
 
     Returns:
-        One wave; or two, if runs that train besides share a kernel: the first of each goes ahead.
+        One wave or two. In the second are smaller samples of what the first has larger ones of,
+        whose kernels hold theirs; and of runs that train besides all but the first of a kernel.
     """
+    largest: dict[str, int] = {}
+    for run in runs:
+        k = run.composed.config.task.k
+        largest[run.nest] = max(largest.get(run.nest, k), k)
     ahead: list[Run] = []
     behind: list[Run] = []
-    seen: set[str] = set()
+    begun: set[str] = set()
     for run in runs:
-        command = run.point.command
-        waits = command.needs_kernel and not command.is_of_kernel and run.kernel in seen
+        command, k = run.point.command, run.composed.config.task.k
+        is_second = run.kernel in begun and not command.is_of_kernel
+        waits = command.needs_kernel and (is_second or k < largest[run.nest])
         (behind if waits else ahead).append(run)
-        if command.needs_kernel:
-            seen.add(run.kernel)
+        begun.add(run.kernel)
     return [wave for wave in (ahead, behind) if wave]
 
 

@@ -38,6 +38,7 @@ from raykernel.store.blocks import Store
 from raykernel.store.grid import Cell
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
+from raykernel.store.nested import copy_nested
 from raykernel.terms import Kind, PredictedBy, PromptStyle, Solver, Split
 
 
@@ -166,7 +167,7 @@ def begin_kernel(prepared: Prepared, store: Store) -> KernelHandle:
         prepared.identity,
         grid=prepared.grid,
         num_outputs=len(prepared.data.labels),
-        examples=example_table(prepared.data),
+        examples=example_table(prepared),
         dtype=prepared.config.kernel.precision.stored,
     )
 
@@ -289,6 +290,12 @@ def complete_cells(
     """
     absent, total = set(handle.missing()), len(cells)
     missing = [cell for cell in cells if cell in absent]
+    copied = copy_nested(Store(prepared.config.store.path), handle, missing)
+    for name, number in copied.items():
+        screen.say(f"{number} of {total} blocks are copied from kernel {name}, which holds them.")
+    if copied:
+        absent = set(handle.missing())
+        missing = [cell for cell in cells if cell in absent]
     if not missing:
         screen.say(f"All {total} blocks are stored: computing 0 blocks.")
         return Completion(total, 0, 0.0, 0)

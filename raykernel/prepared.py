@@ -30,6 +30,7 @@ from raykernel.problem.checkpoints import (
 from raykernel.problem.prompts import Encoded, Prompt, encode, resolve_prompt
 from raykernel.problem.tasks import Data, load_data
 from raykernel.store.grid import Grid
+from raykernel.store.nested import TOKENS
 from raykernel.terms import PromptStyle, Split
 
 
@@ -198,8 +199,9 @@ def problem_columns(prepared: Prepared, start_score: float) -> dict[str, object]
     }
 
 
-def example_table(data: Data) -> pa.Table:
-    """Ids, splits and labels of the kernel's rows, in order."""
+def example_table(prepared: Prepared) -> pa.Table:
+    """Ids, splits, labels and hashes of the tokens of the kernel's rows, in order."""
+    data, encoded = prepared.data, prepared.encoded
     split_of = {i: split.value for split, indices in data.splits.items() for i in indices}
     return pa.table(
         {
@@ -207,6 +209,7 @@ def example_table(data: Data) -> pa.Table:
             "id": [example.id for example in data.examples],
             "split": [split_of[i] for i in range(len(data.examples))],
             "label": [data.labels[example.label] for example in data.examples],
+            TOKENS: [fingerprint(encoded.of(i)) for i in range(len(data.examples))],
         }
     )
 

@@ -38,7 +38,7 @@ from raykernel.store.blocks import Store
 from raykernel.store.results import to_json
 from raykernel.store.trials import checksum
 from raykernel.study import Row
-from raykernel.terms import Cause, ExecutorName, RunStatus
+from raykernel.terms import Cause, Command, ExecutorName, PromptStyle, RunStatus
 from raykernel.training.spec import Watch
 
 _NOT_OF_A_RUN = ("compute", "store", "sweep")
@@ -61,6 +61,28 @@ class Run:
         config = self.composed.config
         shared = (config.task, config.prompt, config.model, config.parameters, config.kernel)
         return fingerprint([plain(part) for part in shared])
+
+    @property
+    def nest(self) -> str:
+        """The same for runs whose kernels differ in k alone, so that the largest holds the others.
+
+        A linear probe is fitted to the sample: without a prompt no kernel holds another.
+        """
+        config = self.composed.config
+        if config.prompt.style is PromptStyle.none:
+            return self.kernel
+        task = replace(config.task, k=1)
+        shared = (task, config.prompt, config.model, config.parameters, config.kernel)
+        return fingerprint([plain(part) for part in shared])
+
+    @property
+    def wants_test(self) -> bool:
+        """Whether it wants the kernel of test with train, and may have it with other samples."""
+        config, command = self.composed.config, self.point.command
+        if config.prompt.style is PromptStyle.none or config.store.kernel is not None:
+            return False
+        stores = config.kernel.test_block or config.needs_both_sides
+        return command is Command.behavior or (command is Command.kernel and stores)
 
     def inline(self) -> Run:
         """The same in one process: a worker of ours computes itself, on the device it was given."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from raykernel.config import PromptConfig, PromptText, TaskConfig
+from raykernel.config import Json, PromptConfig, PromptText, TaskConfig
 from raykernel.errors import InputError
 from raykernel.problem.label_words import label_ids, label_words, tokens_of
 from raykernel.problem.tasks import Data
@@ -47,6 +47,15 @@ class Encoded:
     """What to say once on screen."""
     truncated: int
     """Number of examples that lost tokens of their texts."""
+
+    def of(self, example: int) -> list[Json]:
+        """What the model is given of one example, and where it is read."""
+        segments = self.token_type_ids
+        return [
+            list(self.input_ids[example]),
+            None if segments is None else list(segments[example]),
+            self.position[example],
+        ]
 
 
 # ---------------------------------------------------------------- without a tokenizer

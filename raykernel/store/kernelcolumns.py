@@ -224,7 +224,8 @@ BLOCKS = (
     text("dtype", "Type of the numbers."),
     integer("bytes", "Size of the file."),
     number("seconds", "Seconds that its worker took."),
-    text("host", "Machine that computed it."),
+    text("host", "Machine that computed or copied it."),
+    text("copied_from", "Kernel that it was copied from; null: it was computed."),
     PEAK_MEMORY,
     time("created", "When it was computed, UTC."),
 )

@@ -52,7 +52,10 @@ class Listing(Columns):
 
 def _blocks(store: Store) -> pa.Table:
     rows = [row for handle in _handles(store) for row in _block_rows(handle)]
-    table = pa.Table.from_pylist(rows, schema=_BLOCKS.set(16, pa.field("created", pa.string())))
+    table = pa.Table.from_pylist(
+        rows,
+        schema=_BLOCKS.set(_BLOCKS.get_field_index("created"), pa.field("created", pa.string())),
+    )
     return table.cast(_BLOCKS)
 
 
