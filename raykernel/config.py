@@ -694,6 +694,9 @@ class SelectConfig:
     """Choices tried one by one at the most; of more, a greedy choice is improved by exchanges."""
     baselines: bool = True
     """Whether what people choose by today is measured, too: it takes a pass of the model."""
+    rho: float = 1.0
+    """Largest rank of a module over parameters.r in the adapter that is written; 1: all have r.
+    More: ranks by EVA, where inputs vary in more directions, with the same sum."""
     halves: int = 8
     """Random halves of train on which the best choices are ranked again; even, 0: none."""
     seeds: list[int] = field(default_factory=list)
@@ -711,6 +714,13 @@ class SelectConfig:
             require(value is None or value >= 1, f"select.{name}", value, "at least 1")
         memory = self.max_memory_mb
         require(memory is None or memory > 0, "select.max_memory_mb", memory, "more than 0")
+        require(self.rho >= 1, "select.rho", self.rho, "at least 1")
+        require(
+            self.rho == 1 or self.baselines,
+            "select.rho",
+            self.rho,
+            "1 with select.baselines=false: ranks are of the measured inputs",
+        )
         require(self.exhaustive >= 0, "select.exhaustive", self.exhaustive, "at least 0")
         require(self.trials >= 1, "select.trials", self.trials, "at least 1")
         is_even = self.halves >= 0 and self.halves % 2 == 0

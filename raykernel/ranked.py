@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from raykernel.analysis.pareto import Front, pareto
@@ -76,6 +76,8 @@ class KindSelection:
     """Ids of train examples that the best choice takes for one."""
     adapter: StorePath
     """Folder of `adapter_config.json`."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """In it: rank of every module that is adapted."""
 
 
 def rank(

@@ -91,6 +91,13 @@ def show_selections(found: Selections, screen: Screen) -> None:
     )
     for one in found.by_kind:
         screen.out.print(f"For PEFT ({one.kind.value}): {one.adapter / 'adapter_config.json'}")
+        if config.select.rho > 1:
+            dropped = sum(len(member.modules) for member in one.choices[0].members) - len(one.ranks)
+            screen.out.print(
+                f"Ranks by EVA: {min(one.ranks.values())} to {max(one.ranks.values())}, "
+                f"{config.parameters.r} on average"
+                + (f"; {counted(dropped, 'module')} left out with rank 0." if dropped else ".")
+            )
     screen.out.print(f"Next: raykernel finetune … {_overrides(found.by_kind[0])}", markup=False)
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raykernel.analysis.predictors import PREDICTORS, Reads
+from raykernel.analysis.ranks import redistributed
 from raykernel.analysis.stability import Stability
 from raykernel.baselines import measure
 from raykernel.candidates import Member, find_members
@@ -27,6 +28,7 @@ from raykernel.prepared import Prepared, identity_of, prepare
 from raykernel.problem.skeleton import layer_linears
 from raykernel.provenance import Meter
 from raykernel.ranked import KindSelection, rank
+from raykernel.store.baselines import Measured
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.results import key_of
@@ -90,19 +92,33 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
             adapter=store.path / "selections" / f"selection-{key}",
             screen=screen,
         )
-        best = [path for member in one.choices[0].members for path in member.modules]
+        ranks = _ranks(config, one, measured)
         write_adapter_config(
             one.adapter,
-            {path: linears[path] for path in best},
+            {path: linears[path] for path in ranks},
             model=prepared.config.model,
             parameters=config.parameters,
             has_prompt=has_prompt,
+            ranks=ranks,
         )
+        one = replace(one, ranks=ranks)
         cost = meter.columns(completion.peak_memory_bytes)
         rows = result_rows(prepared, one, overrides)
         store.write_results("selections", [row | cost for row in rows])
         found.append(one)
     return Selections(prepared, completion, tuple(found), _verdicts(prepared))
+
+
+def _ranks(
+    config: RunConfig, found: KindSelection, measured: Mapping[str, Measured] | None
+) -> dict[str, int]:
+    """Rank of every module of the best choice that is adapted."""
+    best = [path for member in found.choices[0].members for path in member.modules]
+    if measured is None:
+        return dict.fromkeys(best, config.parameters.r)
+    shares = {path: measured[path].shares for path in best}
+    ranks = redistributed(shares, r=config.parameters.r, rho=config.select.rho)
+    return {path: rank for path, rank in ranks.items() if rank}
 
 
 def _verdicts(prepared: Prepared) -> tuple[bool | None, ...]:
@@ -261,6 +277,7 @@ def result_rows(
             "layers": sorted({member.layer for member in choice.members}),
             "target_modules": [path for member in choice.members for path in member.modules],
             "adapter": folder if choice.rank == 1 else None,
+            "ranks": canonical_json(found.ranks) if choice.rank == 1 else None,
             "outputs": choice.start.outputs.value,
             "num_rows": choice.start.spectrum.size,
             "top": choice.start.spectrum.top,

@@ -31,6 +31,7 @@ from raykernel.problem.skeleton import layer_linears
 from raykernel.selection_table import show_selections
 from raykernel.selections import Selections, selections
 from raykernel.spectra import spectra
+from raykernel.store.baselines import read_baselines
 from raykernel.store.blocks import Store
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.verify import verify
@@ -519,6 +520,34 @@ def test_the_adapter_says_modules_and_layers_where_that_is_the_same(
         assert config["layers_to_transform"] == (layers if expected else None)
         model = loaded("written", RobertaForMaskedLM.from_pretrained("model"))
         assert adapted(model) == targets
+
+
+def test_peft_gives_modules_the_ranks_of_eva(found: Selections, capsys) -> None:
+    """The same number of directions in all, those that explain most; and the same scale alpha/r."""
+    modules = "[query,intermediate.dense,output.dense]"
+    changes = {"store__path": "ranks", "parameters__r": "4", "select__rho": "2"}
+    changes["select__modules"] = modules
+    one = selections(config_of(**changes), (), Screen())
+    show_selections(one, Screen())
+    assert "Ranks by EVA: " in capsys.readouterr().out
+    (best,) = rows("ranks", rank=1)
+    handle = Store("ranks").open()
+    shares = {path: own.shares[:8] for path, own in read_baselines(handle).items()}
+    chosen = {path: shares[path] for path in best["target_modules"]}  # type: ignore[attr-defined]
+    least = np.sort(np.concatenate(list(chosen.values())))[-4 * len(chosen)]
+    expected = {path: int((own >= least).sum()) for path, own in chosen.items()}
+    assert len(set(expected.values())) > 1
+    assert json.loads(str(best["ranks"])) == {path: r for path, r in expected.items() if r}
+    model = loaded(f"ranks/{best['adapter']}", RobertaForMaskedLM.from_pretrained("model"))
+    layers = {
+        path: layer
+        for path, layer in model.base_model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert {path: layer.r["default"] for path, layer in layers.items()} == {
+        path: r for path, r in expected.items() if r
+    }
+    assert {layer.scaling["default"] for layer in layers.values()} == {16 / 4}
 
 
 def test_candidates_that_share_a_parameter_are_refused() -> None:

@@ -190,6 +190,7 @@ SELECTIONS = (
     integers("layers", "Transformer layers that it lies in."),
     texts("target_modules", "Whole paths of its modules in the plain model."),
     text("adapter", "Folder of its adapter_config.json; null: not the best."),
+    text("ranks", "Rank of every module there, as JSON; null: not the best."),
     *PROBLEM,
     NUM_OUTPUTS,
     NUM_TRAIN,

@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.location import StorePath
 from raykernel.names import ends_in
+from raykernel.ntk.adapters import lora_scale
 from raykernel.problem.parameters import layer_index
 from raykernel.problem.readout import Probed
 from raykernel.problem.skeleton import blank_model
@@ -68,6 +70,7 @@ def write_adapter_config(
     model: ModelConfig,
     parameters: ParametersConfig,
     has_prompt: bool,
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
     """Commit `adapter_config.json`, from which PEFT makes the LoRA of chosen layers.
 
@@ -80,6 +83,7 @@ def write_adapter_config(
         model: what the base is called.
         parameters: rank and scale.
         has_prompt: whether the plain model is a language model, or the encoder alone.
+        ranks: rank by path where it may be another one than `parameters.r`; with the same scale.
     """
     from peft.tuners.tuners_utils import check_target_module_exists  # takes a second
 
@@ -89,6 +93,13 @@ def write_adapter_config(
     short.target_modules, short.layers_to_transform = _names_and_layers(targets, every)
     if {path for path in every if check_target_module_exists(short, path)} == set(targets):
         config = short
+    per_alpha = partial(lora_scale, 1, rslora=parameters.use_rslora)
+    others = {path: r for path, r in (ranks or {}).items() if r != parameters.r}
+    config.rank_pattern = others
+    config.alpha_pattern = {
+        path: parameters.lora_alpha * per_alpha(parameters.r) / per_alpha(r)
+        for path, r in others.items()
+    }
     _commit_config(folder, config, model=model, is_trained=False)
 
 
