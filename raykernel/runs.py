@@ -81,7 +81,7 @@ class Run:
         config, command = self.composed.config, self.point.command
         if config.prompt.style is PromptStyle.none or config.store.kernel is not None:
             return False
-        stores = config.kernel.test_block or config.needs_both_sides
+        stores = not config.kernel.predicts or config.needs_both_sides
         return command is Command.behavior or (command is Command.kernel and stores)
 
     def inline(self) -> Run:
