@@ -93,26 +93,6 @@ def test_workers_that_die_while_they_start_end_the_run(
         list(executor(ray_compute).run(Toy().die_at_start, range(4)))
 
 
-def test_at_most_in_flight_jobs_wait_at_a_worker(
-    ray_compute: ComputeConfig, tmp_path: Path
-) -> None:
-    from raykernel.compute import ray_executor
-
-    toy, depths = Toy(str(tmp_path)), []
-
-    class Watched(ray_executor._Pool):  # type: ignore[misc, type-arg]
-        def _feed(self) -> None:
-            super()._feed()
-            depths.extend(len(actor.jobs) for actor in self.actors)
-
-    make = ray_executor.ray.put(toy.start)
-    backlog = ray_executor.Backlog(range(12))
-    pool = Watched(ray_compute, print, make, backlog, [], local=True)
-    assert len(list(pool.outcomes())) == 12
-    pool.dismiss()
-    assert max(depths) == ray_compute.in_flight
-
-
 def test_no_worker_gets_two_jobs_while_another_starts(
     executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
 ) -> None:
