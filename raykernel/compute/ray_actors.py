@@ -31,7 +31,7 @@ from ray.experimental import internal_kv
 from raykernel.compute import trouble
 from raykernel.compute.backlog import Task
 from raykernel.compute.executor import Failure, JobT, Outcome, ResultT, Success, versions
-from raykernel.compute.scheduler import Member, Scheduler
+from raykernel.compute.scheduler import Member, Scheduler, gathered
 from raykernel.compute.shell import Shell
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError, RunError, WorkerLostError
@@ -289,8 +289,8 @@ class Pool(Generic[JobT, ResultT]):
 
 
 def _arrived(owed: list[Any]) -> list[Any]:
-    """Wait for the first of some references and take all that are there: a call costs each one."""
-    done, _ = ray.wait(owed, num_returns=1, timeout=POLL_SECONDS)
+    """Wait for some of what is owed, and take all that is there."""
+    done, _ = ray.wait(owed, num_returns=gathered(len(owed)), timeout=POLL_SECONDS)
     if done and len(owed) > 1:
         done, _ = ray.wait(owed, num_returns=len(owed), timeout=0)
     return done

@@ -41,6 +41,9 @@ HUNG_FACTOR, HUNG_SECONDS = 20.0, 600.0
 _SILENT = "raise compute.heartbeat_seconds if its machine may stand still as long"
 _LONG = "raise compute.job_seconds if one job may take as long"
 
+_GATHERED = 64
+"""Part of what is owed that is waited for at a time, see `gathered`."""
+
 _REMEMBERED = 99
 """Jobs whose times make the median."""
 
@@ -69,6 +72,20 @@ class Charge(Generic[JobT]):
     task: Task[JobT]
     given_up: bool
     """It has no further attempt, and no other worker has it."""
+
+
+def gathered(num_owed: int) -> int:
+    """Answers worth waiting for, since a look for answers costs something for each that is owed.
+
+    Of a thousand workers 31 at a time: meanwhile they have the next of their jobs in flight.
+
+    Args:
+        num_owed: answers that will come.
+
+    Returns:
+        How many; 1 of few.
+    """
+    return 1 + num_owed // _GATHERED
 
 
 class Scheduler(Generic[HandleT, JobT]):
