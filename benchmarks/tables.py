@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from benchmarks.contenders import distribution_version
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 PLAIN_RESULTS = Path(__file__).with_name("RESULTS-plain-heap.md")
+_SECTION = re.compile(r"<!-- (\w+): begin -->.*?<!-- \1: end -->\n", re.DOTALL)
+"""What a command of its own has measured, see `write_section`."""
 DISTRIBUTIONS = ("raykernel", "torch", "transformers", "ray", "dattri-llm", "opacus")
 
 
@@ -87,8 +90,38 @@ def _processor() -> str:
 
 
 def write_results(tables: Sequence[Table], command: str, path: Path) -> None:
-    """Replace a file of results."""
+    """Replace a file of results, but for sections that other commands wrote."""
     intro = "What the columns mean and how to measure again: README.md in this folder."
+    kept = [found.group() for found in _SECTION.finditer(_text(path))]
+    text = "\n".join([_body(tables, command), *kept])
+    path.write_text(f"# Results\n\n{intro}\n\n{text}", encoding="utf-8")
+
+
+def write_section(name: str, tables: Sequence[Table], command: str, path: Path = RESULTS) -> None:
+    """Replace a section of a file of results, between marks, or add it at the end.
+
+    Args:
+        name: of the section, one word.
+        tables: all of it.
+        command: that measured it.
+        path: the file.
+    """
+    section = f"<!-- {name}: begin -->\n\n{_body(tables, command)}\n<!-- {name}: end -->\n"
+    text = _text(path)
+    for found in _SECTION.finditer(text):
+        if found.group(1) == name:
+            text = text.replace(found.group(), section)
+            break
+    else:
+        text = f"{text.rstrip()}\n\n{section}"
+    path.write_text(text, encoding="utf-8")
+
+
+def _body(tables: Sequence[Table], command: str) -> str:
+    """Circumstances and tables."""
     facts = "\n".join(f"- {fact}" for fact in circumstances(command))
-    body = "\n".join(table.markdown() for table in tables)
-    path.write_text(f"# Results\n\n{intro}\n\n{facts}\n\n{body}", encoding="utf-8")
+    return f"{facts}\n\n" + "\n".join(table.markdown() for table in tables)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -757,7 +757,12 @@ class ComputeConfig:
     in_flight: int = 2
     """Blocks given to a worker at once, so that it never waits for the driver."""
     max_attempts: int = 4
-    """Times a block is tried when workers die."""
+    """Times a block is tried when workers die or hang."""
+    job_seconds: float | None = None
+    """A Ray worker with one job for so long hangs, and is replaced; null: 20 times the median of
+    jobs that are alike, at least 10 minutes."""
+    heartbeat_seconds: float | None = 300.0
+    """A Ray worker without sign of life for so long hangs, whatever it does; null: never."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "compute.workers", self.workers, "at least 1")
@@ -766,6 +771,9 @@ class ComputeConfig:
         require(self.batch_size >= 1, "compute.batch_size", self.batch_size, "at least 1")
         require(self.in_flight >= 1, "compute.in_flight", self.in_flight, "at least 1")
         require(self.max_attempts >= 1, "compute.max_attempts", self.max_attempts, "at least 1")
+        for name in ("job_seconds", "heartbeat_seconds"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"compute.{name}", value, "more than 0 s, or null")
 
 
 @dataclass(frozen=True)

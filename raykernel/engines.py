@@ -259,6 +259,9 @@ class PoolEngine:
     def executor(self, compute: ComputeConfig) -> Executor:
         """An executor of Ray actors.
 
+        Runs take minutes or hours each, unlike one another, and write rows: none is begun twice
+        at once, and that one takes longer than the others is no sign that it hangs.
+
         Args:
             compute: resources of a worker.
 
@@ -268,12 +271,13 @@ class PoolEngine:
         self.start(compute)
         from raykernel.compute.ray_executor import RayExecutor
 
-        return RayExecutor(self.workers(compute), say=self._screen.say)
+        return RayExecutor(self.workers(compute), say=self._screen.say, alike=False)
 
     def workers(self, compute: ComputeConfig) -> ComputeConfig:
         """The resources of a run, for as many workers as the study has."""
         number = self._settings.workers
-        return replace(compute, executor=ExecutorName.ray, workers=number, in_flight=1)
+        ray = replace(compute, executor=ExecutorName.ray, workers=number, in_flight=1)
+        return replace(ray, job_seconds=None)  # which is of a run's own jobs
 
     def start(self, compute: ComputeConfig) -> None:
         """Start or join Ray, once.

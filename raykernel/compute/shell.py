@@ -5,8 +5,11 @@ Exceptions become data here, so that an error of Ray means a lost process and no
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +23,21 @@ class Shell:
     def __init__(self) -> None:
         self._work: Callable[[Any], Any] | None = None
 
-    def hello(self) -> dict[str, str]:
-        """Answer that the process is placed and running.
+    def hello(self, beat: Callable[[], object], every: float | None) -> dict[str, str]:
+        """Answer that the process is placed and running, and go on giving signs of life.
+
+        A thread of its own gives them, whatever job the process does; not while the process is
+        stopped, its machine stands still, or native code holds the interpreter.
+
+        Args:
+            beat: gives one.
+            every: seconds between two; None: none are given.
 
         Returns:
             Versions by package, and the name of the node.
         """
+        if every is not None:
+            threading.Thread(target=_beat, args=(beat, every), daemon=True).start()
         return versions() | {"node": platform.node()}
 
     def load(self, make: Callable[[], Callable[[Any], Any]]) -> Success[None] | Failure:
@@ -57,3 +69,10 @@ class Shell:
         """
         assert self._work is not None
         return attempt(self._work, job)
+
+
+def _beat(beat: Callable[[], object], every: float) -> None:
+    while True:
+        with contextlib.suppress(Exception):  # a sign that cannot be given is one that is missed
+            beat()
+        time.sleep(every)

@@ -64,3 +64,48 @@ def test_a_suspect_comes_last_and_to_an_idle_worker_alone() -> None:
     again = backlog.take(None, [], idle=True)
     assert again is first
     assert not backlog
+
+
+@given(
+    num_jobs=st.integers(1, 30),
+    turns=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=80),
+)
+def test_runs_are_those_of_the_sorted_list(num_jobs: int, turns: list[tuple[int, bool]]) -> None:
+    """Against the definition: all waiting indices sorted, the longest run of them looked for."""
+    backlog, waiting = Backlog(range(num_jobs)), set(range(num_jobs))
+    held: dict[int, Task[int]] = {}
+    for worker, dies in turns:
+        if dies and worker in held:
+            task = held.pop(worker)
+            backlog.put_back(task, suspect=False)
+            waiting.add(task.index)
+        last = held[worker].index if worker in held else None
+        others = {task.index for task in held.values()}
+        given = backlog.take(last, others, idle=True)
+        if given is None:
+            assert not waiting
+            continue
+        if last is not None and last + 1 in waiting:
+            assert given.index == last + 1
+        else:
+            runs = naive_runs(sorted(waiting))
+            longest = max(map(len, runs))
+            starts = {
+                run[len(run) // 2] if run[0] - 1 in others else run[0]
+                for run in runs
+                if len(run) == longest
+            }
+            assert given.index in starts
+        waiting.remove(given.index)
+        held[worker] = given
+        assert len(backlog) == len(waiting)
+
+
+def naive_runs(indices: list[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs

@@ -36,8 +36,11 @@ def executor() -> Iterator[Executors]:
 
     with contextlib.ExitStack() as stack:
 
-        def make(compute: ComputeConfig, say: Callable[[str], None] = print) -> RayExecutor:
-            return stack.enter_context(contextlib.closing(RayExecutor(compute, say=say)))
+        def make(
+            compute: ComputeConfig, say: Callable[[str], None] = print, *, alike: bool = True
+        ) -> RayExecutor:
+            made = RayExecutor(compute, say=say, alike=alike)
+            return stack.enter_context(contextlib.closing(made))
 
         yield make
 
@@ -86,31 +89,73 @@ def test_a_worker_killed_from_outside_is_replaced(
     assert sorted(values) == [job**2 for job in range(8)]
 
 
+# ------------------------------------------------------------------ hanging and slow
+
+
+def test_a_worker_that_stands_still_is_replaced(
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    """Ray itself never notices. Jobs that are not alike have no limit but the signs of life."""
+    toy, said = Toy(str(tmp_path)), []
+    compute = dataclasses.replace(ray_compute, heartbeat_seconds=8.0)
+    made = executor(compute, said.append, alike=False)
+    outcomes = {o.job: o for o in made.run(toy.freeze_once, range(6))}
+    assert {job: outcome.value() for job, outcome in outcomes.items()} == {
+        job: job**2 for job in range(6)
+    }
+    frozen, other = Path(tmp_path, "ran-3").read_text().split()
+    assert frozen != other
+    assert outcomes[3].attempts == 2
+    (text,) = [text for text in said if "hung" in text]
+    assert text.startswith("A worker hung (no sign of life for ")
+    assert "raise compute.heartbeat_seconds" in text
+    wait_for(lambda: not psutil.pid_exists(int(frozen)), seconds=60)
+
+
+def test_a_job_that_never_ends_is_done_by_another(
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    toy, said = Toy(str(tmp_path)), []
+    compute = dataclasses.replace(ray_compute, job_seconds=6.0)
+    made = executor(compute, said.append, alike=False)
+    outcomes = {o.job: o for o in made.run(toy.sleep_once, range(6))}
+    assert {job: outcome.value() for job, outcome in outcomes.items()} == {
+        job: job**2 for job in range(6)
+    }
+    assert toy.count("ran-3") == outcomes[3].attempts == 2
+    (text,) = [text for text in said if "hung" in text]
+    assert "no answer for" in text
+    assert "raise compute.job_seconds if one job may take as long" in text
+
+
+def test_a_job_that_hangs_every_worker_is_given_up(
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    compute = dataclasses.replace(ray_compute, job_seconds=4.0, max_attempts=2)
+    made = executor(compute, alike=False)
+    outcomes = {o.job: o for o in made.run(Toy(str(tmp_path)).sleep_always, range(6))}
+    with pytest.raises(WorkerLostError, match=r"3 was tried 2 times, each time its worker hung"):
+        outcomes.pop(3).value()
+    assert {job: outcome.value() for job, outcome in outcomes.items()} == {
+        job: job**2 for job in (0, 1, 2, 4, 5)
+    }
+
+
+def test_a_slow_workers_jobs_are_done_by_an_idle_one(
+    executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
+    """It would finish none before the other one has done all six."""
+    toy = Toy(str(tmp_path))
+    outcomes = list(executor(ray_compute).run(toy.one_slow, range(6)))
+    assert sorted(outcome.value() for outcome in outcomes) == [job**2 for job in range(6)]
+    assert 1 <= sum(toy.count(f"ran-{job}") == 2 for job in range(6)) <= 2
+
+
 def test_workers_that_die_while_they_start_end_the_run(
     executor: Executors, ray_compute: ComputeConfig
 ) -> None:
     with pytest.raises(WorkerLostError, match="3 workers in a row died before they had loaded"):
         list(executor(ray_compute).run(Toy().die_at_start, range(4)))
-
-
-def test_at_most_in_flight_jobs_wait_at_a_worker(
-    ray_compute: ComputeConfig, tmp_path: Path
-) -> None:
-    from raykernel.compute import ray_executor
-
-    toy, depths = Toy(str(tmp_path)), []
-
-    class Watched(ray_executor._Pool):  # type: ignore[misc, type-arg]
-        def _feed(self) -> None:
-            super()._feed()
-            depths.extend(len(actor.jobs) for actor in self.actors)
-
-    make = ray_executor.ray.put(toy.start)
-    backlog = ray_executor.Backlog(range(12))
-    pool = Watched(ray_compute, print, make, backlog, [], local=True)
-    assert len(list(pool.outcomes())) == 12
-    pool.dismiss()
-    assert max(depths) == ray_compute.in_flight
 
 
 def test_no_worker_gets_two_jobs_while_another_starts(

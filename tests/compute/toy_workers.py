@@ -112,6 +112,53 @@ class Toy:
 
         return work
 
+    def freeze_once(self) -> Callable[[int], int]:
+        """The process stands still in the middle of job 3, the first time."""
+
+        def work(job: int) -> int:
+            if self.mark(f"ran-{job}") and job == 3:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return job * job
+
+        return work
+
+    def sleep_once(self) -> Callable[[int], int]:
+        """Job 3 never ends, the first time."""
+
+        def work(job: int) -> int:
+            if self.mark(f"ran-{job}") and job == 3:
+                time.sleep(3600)
+            return job * job
+
+        return work
+
+    def sleep_always(self) -> Callable[[int], int]:
+        """Job 3 never ends."""
+
+        def work(job: int) -> int:
+            self.mark(f"ran-{job}")
+            if job == 3:
+                time.sleep(3600)
+            return job * job
+
+        return work
+
+    def one_slow(self) -> Callable[[int], int]:
+        """The first worker takes longer for a job than another one for six; both begin at once."""
+        slow = self.mark("first")
+        while not slow and not list(Path(self.folder).glob("ran-*")):
+            time.sleep(0.1)
+
+        def work(job: int) -> int:
+            self.mark(f"ran-{job}")
+            time.sleep(0.3)
+            while slow and len(list(Path(self.folder).glob("done-*"))) < 6:
+                time.sleep(0.1)
+            self.mark(f"done-{job}")
+            return job * job
+
+        return work
+
     def endless(self) -> Callable[[int], int]:
         def work(job: int) -> int:
             self.mark("running")
