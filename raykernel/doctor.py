@@ -20,6 +20,7 @@ import torch
 from raykernel.analysis.gram import DEAD
 from raykernel.compute.executor import versions
 from raykernel.compute.memory import GIB
+from raykernel.compute.second_pass import TOLERANCE
 from raykernel.config import RunConfig
 from raykernel.console import Screen, size
 from raykernel.errors import InputError
@@ -34,15 +35,7 @@ from raykernel.problem.checkpoints import load_tokenizer
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
 from raykernel.store.blocks import Store
-from raykernel.terms import ExecutorName, Precision
-
-TOLERANCE = {
-    Precision.float64: 1e-6,  # rotary angles and some norms are float32 inside transformers
-    Precision.float32: 1e-4,
-    Precision.tf32: 1e-2,
-    Precision.bfloat16: 1e-1,
-}
-"""Relative change of a kernel that company and padding of its examples may make by rounding."""
+from raykernel.terms import ExecutorName
 
 
 @dataclass(frozen=True, slots=True)
