@@ -329,6 +329,19 @@ def _receipts(
 
     A process that is killed cannot halve its own. So the cells that are missing when all others are
     done are given to workers that begin with half; what they compute differs by rounding alone.
+
+    Args:
+        spec: what to compute.
+        handle: the kernel.
+        cells: which of it.
+        executor: where.
+        screen: where progress is shown.
+
+    Yields:
+        One receipt per cell.
+
+    Raises:
+        WorkerLostError: if workers die for another reason, or still.
     """
     while True:
         try:
