@@ -25,10 +25,11 @@ from raykernel.errors import InputError, NotPositiveSemidefiniteError
 
 ROUNDINGS = 10.0
 """Units of noise that are still taken for it: sums of float32 products are off by up to eight."""
-_REMEDY = (
+REMEDY = (
     "Check that rows and columns are the same examples in the same order. If they are, a block was "
     "changed after it was computed: delete the kernel's folder in the store and compute it again."
 )
+"""What to do about a kernel that is none."""
 DEAD = 1e-10
 """A layer group below this part of the kernel has no gradient but rounding noise."""
 
@@ -98,16 +99,31 @@ def check_symmetric(kernel: Float[np.ndarray, "m m"], floor: float, outputs: int
     Raises:
         NotPositiveSemidefiniteError: if it is.
     """
-    odd = (kernel - kernel.T) / 2
-    size = float(np.linalg.norm(odd))
+    size = float(np.linalg.norm(kernel - kernel.T)) / 2
     if size <= max(ROUNDINGS * floor, np.finfo(np.float64).tiny):
         return
-    one, other = np.unravel_index(int(np.abs(odd).argmax()), odd.shape)
     raise NotPositiveSemidefiniteError(
         f"The train kernel differs from its transpose: its antisymmetric part has norm {size:.3g}, "
-        f"expected at most {ROUNDINGS * floor:.3g}, what rounding explains. It differs most "
-        f"between train examples {one // outputs} and {other // outputs}: {kernel[one, other]:.6g} against "
-        f"{kernel[other, one]:.6g}. {_REMEDY}"
+        f"expected at most {ROUNDINGS * floor:.3g}, what rounding explains. "
+        f"{largest_gap(kernel, outputs)} {REMEDY}"
+    )
+
+
+def largest_gap(kernel: Float[np.ndarray, "m m"], outputs: int) -> str:
+    """A sentence on where a matrix differs most from its transpose.
+
+    Args:
+        kernel: the matrix, example-major.
+        outputs: c, which says whose rows are whose.
+
+    Returns:
+        The sentence.
+    """
+    gap = np.abs(kernel - kernel.T)
+    one, other = (int(place) for place in np.unravel_index(gap.argmax(), gap.shape))
+    return (
+        f"It differs most between train examples {one // outputs} and {other // outputs}: "
+        f"{kernel[one, other]:.6g} against {kernel[other, one]:.6g}."
     )
 
 
@@ -138,7 +154,7 @@ def check_semidefinite(
     raise NotPositiveSemidefiniteError(
         f"The train kernel has eigenvalue {eigenvalues[0]:.3g} beside the largest "
         f"{float(eigenvalues[-1]):.3g}; a kernel of gradients has none below zero, and rounding "
-        f"explains {-allowed:.3g}.{most} {_REMEDY}"
+        f"explains {-allowed:.3g}.{most} {REMEDY}"
     )
 
 

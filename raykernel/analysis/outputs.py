@@ -23,11 +23,13 @@ import scipy.linalg
 from jaxtyping import Float
 
 from raykernel.analysis.gram import (
+    REMEDY,
     ROUNDINGS,
     Gram,
     decompose,
     excused_noise,
     flatten,
+    largest_gap,
     noise,
 )
 from raykernel.errors import InputError
@@ -81,11 +83,10 @@ def total(
     excused = max(excused_noise(block, resolution) for block in blocks)
     if gap > 2 * ROUNDINGS * excused * norm:
         raise InputError(
-            f"The train kernel differs from its transpose by {gap:.3g} of norm "
-            f"{norm:.3g}, and rounding explains {2 * ROUNDINGS * excused * norm:.3g}: expected a "
-            "symmetric kernel. asigngd has singular values but no spectrum; take sgd or signgd. If "
-            "it is one of these, a block was changed after it was computed: delete the kernel's "
-            "folder in the store and compute it again."
+            f"The train kernel differs from its transpose by {gap:.3g} of norm {norm:.3g}, and "
+            f"rounding explains {2 * ROUNDINGS * excused * norm:.3g}: expected a symmetric kernel. "
+            "asigngd has singular values but no spectrum; take sgd or signgd. "
+            f"{largest_gap(matrix, c)} {REMEDY}"
         )
     return ((matrix + matrix.T) / 2).reshape(n, c, n, c), relative
 

@@ -333,7 +333,7 @@ class Trainer:
         first = self._examples.collate(self._examples.splits[Split.train][:1])
         self._module.eval()
         with torch.no_grad():
-            checked_logits(self._module, self._readout, first)
+            self._in_passes(lambda _: checked_logits(self._module, self._readout, first))
         self._zero_shot = self._scored(Split.test)[1]
         self._point(learning_rate(self._training, 0), None)
 

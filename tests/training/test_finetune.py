@@ -126,7 +126,7 @@ def test_where_memory_runs_out_passes_are_halved_and_the_steps_stay(error):
 
 
 def test_where_one_example_has_no_room_the_run_ends_with_the_settings_to_change():
-    with pytest.raises(OutOfMemoryError, match="with one example in a pass.*task.max_length"):
+    with pytest.raises(OutOfMemoryError, match=r"with one example in a pass.*task\.max_length"):
         run(without_room_for(0, MemoryError()), inputs(), PLAIN, batch_size=7)
     other = without_room_for(0, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
