@@ -19,6 +19,7 @@ import torch
 
 from raykernel.analysis.gram import DEAD
 from raykernel.compute.executor import versions
+from raykernel.compute.logs import sessions
 from raykernel.compute.memory import GIB
 from raykernel.compute.second_pass import TOLERANCE
 from raykernel.config import RunConfig
@@ -64,7 +65,7 @@ def examine(config: RunConfig, screen: Screen) -> None:
         checks += check_gradients(prepared)
         checks.append(check_memory(prepared))
     if config.compute.executor is ExecutorName.ray:
-        checks.append(check_cluster(config, screen))
+        checks += [check_cluster(config, screen), check_logs()]
     screen.table(
         ["check", "", "found"],
         [[check.name, "ok" if check.ok else "FAILED", check.found] for check in checks],
@@ -238,6 +239,16 @@ def check_cluster(config: RunConfig, screen: Screen) -> Check:
     runs = f"Ray {here['ray']}, Python {here['python']}"
     found = f"{config.compute.address or 'local'}: starts workers; {number}, "
     return Check("cluster", not other, found + ("; ".join(other) or f"all with {runs} as here"))
+
+
+def check_logs() -> Check:
+    """What Ray has left on this machine; raykernel bounds the logs of a session, not their number.
+
+    A folder may be of a session that runs, of anybody, so that none is deleted here.
+    """
+    left = sessions()
+    found = f"{left.path}: {left.count} sessions, {size(left.num_bytes)}"
+    return Check("Ray's logs", True, found + "; those that have ended can be deleted")
 
 
 def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
