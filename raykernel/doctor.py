@@ -245,6 +245,9 @@ def check_logs() -> Check:
     """What Ray has left on this machine; raykernel bounds the logs of a session, not their number.
 
     A folder may be of a session that runs, of anybody, so that none is deleted here.
+
+    Returns:
+        Always fine.
     """
     left = sessions()
     found = f"{left.path}: {left.count} sessions, {size(left.num_bytes)}"
