@@ -23,7 +23,6 @@ from raykernel.prepared import Prepared, example_labels
 from raykernel.problem.models import varying_parameters
 from raykernel.problem.parameters import layer_index
 from raykernel.problem.skeleton import adapted_paths, lora_parameters
-from raykernel.spectra import resolution_of
 from raykernel.store.baselines import Measured
 from raykernel.store.groups import adapted_module, parts
 from raykernel.store.kernels import KernelHandle
@@ -219,7 +218,7 @@ def stack_kernels(
         ),
         f0=handle.logits(train),
         ridge=settings.spectrum.ridge,
-        resolution=resolution_of(handle),
+        resolution=handle.resolution,
         is_f0_fitted=settings.prompt.style is PromptStyle.none,
         seed=settings.select.seed,
         baselines=baselines,

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from raykernel.analysis.gram import DEAD
+from raykernel.compute.logs import sessions
 from raykernel.compute.memory import GIB
+from raykernel.compute.second_pass import TOLERANCE
 from raykernel.config import RunConfig
 from raykernel.console import Screen, size
 from raykernel.errors import InputError
@@ -34,15 +36,7 @@ from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import Head
 from raykernel.provenance import versions
 from raykernel.store.blocks import Store
-from raykernel.terms import ExecutorName, Precision
-
-TOLERANCE = {
-    Precision.float64: 1e-6,  # rotary angles and some norms are float32 inside transformers
-    Precision.float32: 1e-4,
-    Precision.tf32: 1e-2,
-    Precision.bfloat16: 1e-1,
-}
-"""Relative change of a kernel that company and padding of its examples may make by rounding."""
+from raykernel.terms import ExecutorName
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +65,7 @@ def examine(config: RunConfig, screen: Screen) -> None:
         checks += check_gradients(prepared)
         checks.append(check_memory(prepared))
     if config.compute.executor is ExecutorName.ray:
-        checks.append(check_cluster(config, screen))
+        checks += [check_cluster(config, screen), check_logs()]
     screen.table(
         ["check", "", "found"],
         [[check.name, "ok" if check.ok else "FAILED", check.found] for check in checks],
@@ -245,6 +239,19 @@ def check_cluster(config: RunConfig, screen: Screen) -> Check:
     runs = f"Ray {here['ray']}, Python {here['python']}"
     found = f"{config.compute.address or 'local'}: starts workers; {number}, "
     return Check("cluster", not other, found + ("; ".join(other) or f"all with {runs} as here"))
+
+
+def check_logs() -> Check:
+    """What Ray has left on this machine; raykernel bounds the logs of a session, not their number.
+
+    A folder may be of a session that runs, of anybody, so that none is deleted here.
+
+    Returns:
+        Always fine.
+    """
+    left = sessions()
+    found = f"{left.path}: {left.count} sessions, {size(left.num_bytes)}"
+    return Check("Ray's logs", True, found + "; those that have ended can be deleted")
 
 
 def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:

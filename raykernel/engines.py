@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from raykernel.compute.executor import Executor, InlineExecutor
+from raykernel.compute.logs import bound_logs
 from raykernel.config import ComputeConfig, SweepConfig
 from raykernel.console import Screen
 from raykernel.errors import RaykernelError
@@ -289,6 +290,7 @@ class PoolEngine:
             return
         from raykernel.compute.ray_executor import cluster
 
+        bound_logs()
         number = max(compute.workers, self._settings.workers)
         with self._screen.stage("Starting Ray" if compute.address is None else "Joining Ray"):
             self._open.enter_context(cluster(replace(compute, workers=number)))

@@ -31,8 +31,27 @@ class BlockCorruptError(InputError):
     """A file of the store is damaged or foreign."""
 
 
-class NonFiniteError(InputError):
+class ExampleError(InputError):
+    """The model's numbers for some example are wrong.
+
+    Args:
+        message: the three parts.
+        row: the example, by its place among those that were captured.
+        col: the same on the side of the columns.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, col: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+        self.col = col
+
+
+class NonFiniteError(ExampleError):
     """The model's outputs or gradients are NaN or infinite."""
+
+
+class InconsistentError(ExampleError):
+    """Two passes over one example give different outputs."""
 
 
 class RunError(RaykernelError, RuntimeError):
@@ -63,6 +82,27 @@ class StorageFullError(RunError):
 
 class WorkerLostError(RunError):
     """A block failed on every attempt allowed."""
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # PyTorch's allocator on the CPU
+    "could not create a primitive",  # oneDNN's, which gives no reason
+    "could not create a memory",
+    "bad_alloc",  # C++
+    "Cannot allocate memory",  # the system
+    "CUDA error: out of memory",  # beside PyTorch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the host."""
+    # By name: PyTorch's own class, and Ray's, without their packages.
+    return (
+        isinstance(error, MemoryError)
+        or any(cls.__name__ == OutOfMemoryError.__name__ for cls in type(error).__mro__)
+        or any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 _MAX_LISTED = 30

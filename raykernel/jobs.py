@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from raykernel.compute.executor import Executor, InlineExecutor, JobT, Outcome, ResultT
+from raykernel.compute.logs import bound_logs
 from raykernel.config import ComputeConfig
 from raykernel.console import Screen
 from raykernel.errors import InputError, RaykernelError, StorageFullError
@@ -57,6 +58,7 @@ def open_executor(compute: ComputeConfig, screen: Screen) -> Executor:
     # Ray takes seconds to import, and an inline run needs none of it.
     from raykernel.compute.ray_executor import RayExecutor, is_running
 
+    bound_logs()
     if is_running():  # started for a whole study
         return RayExecutor(compute, say=screen.say)
     with screen.stage("Starting Ray" if compute.address is None else "Joining Ray"):

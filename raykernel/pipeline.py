@@ -9,8 +9,9 @@ blocks from the store.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 from raykernel.analysis.behavior import output_derivatives
 from raykernel.compute.error_text import distortion_text, lora_text
 from raykernel.compute.executor import Executor
+from raykernel.compute.spec import Receipt, WorkerSpec
+from raykernel.compute.trouble import of_memory, while_loading
 from raykernel.config import RunConfig, canonical_json, differences
-from raykernel.console import Screen, duration, size
-from raykernel.errors import InputError, StoreMismatchError
+from raykernel.console import Screen, counted, duration, size
+from raykernel.errors import InputError, StoreMismatchError, WorkerLostError
 from raykernel.jobs import LateExecutor, run_jobs
 from raykernel.location import sizes
 from raykernel.prepared import (
@@ -40,6 +43,9 @@ from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
 from raykernel.store.nested import copy_nested
 from raykernel.terms import Kind, PredictedBy, PromptStyle, Solver, Split
+
+_MAX_HALVINGS = 4
+"""Of chunks whose workers were killed for want of memory, before the run gives up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +311,7 @@ def complete_cells(
     if not prepared.encoded.label_ids and handle.read_head() is None:
         with screen.stage("Fitting the linear probe"):
             write_probe(prepared, handle, executor)
-    for receipt in run_jobs(executor, spec.blocks, missing, screen=screen, name="blocks"):
+    for receipt in _receipts(spec, handle, missing, executor, screen):
         peak = max(peak, receipt.peak_memory_bytes)
         worked += receipt.seconds
         predicted += receipt.predicted_seconds
@@ -317,6 +323,48 @@ def complete_cells(
         )
     seconds = time.monotonic() - start
     return Completion(total, len(missing), seconds, peak, worked, predicted)
+
+
+def _receipts(
+    spec: WorkerSpec,
+    handle: KernelHandle,
+    cells: Sequence[Cell],
+    executor: Executor,
+    screen: Screen,
+) -> Iterator[Receipt]:
+    """Receipts of cells; those whose workers Ray ended for want of memory, in halved chunks.
+
+    A process that is killed cannot halve its own. So the cells that are missing when all others are
+    done are given to workers that begin with half; what they compute differs by rounding alone.
+
+    Args:
+        spec: what to compute.
+        handle: the kernel.
+        cells: which of it.
+        executor: where.
+        screen: where progress is shown.
+
+    Yields:
+        One receipt per cell.
+
+    Raises:
+        WorkerLostError: if workers die for another reason, or still.
+    """
+    while True:
+        try:
+            yield from run_jobs(executor, spec.blocks, cells, screen=screen, name="blocks")
+        except WorkerLostError as error:
+            if not of_memory(error) or while_loading(error) or spec.halvings == _MAX_HALVINGS:
+                raise
+            absent = set(handle.missing())
+            cells = [cell for cell in cells if cell in absent]
+            spec = dataclasses.replace(spec, halvings=spec.halvings + 1)
+            screen.note(
+                f"memory of a machine ran out: {counted(len(cells), 'block')} again in chunks half "
+                "as large. Lower compute.memory_gb to what is free, or compute.workers."
+            )
+        else:
+            return
 
 
 def write_probe(prepared: Prepared, handle: KernelHandle, executor: Executor) -> None:

@@ -158,14 +158,13 @@ def _select(prepared: Prepared, handle: KernelHandle, kind: Kind) -> Selection:
     config, grid = prepared.config, handle.grid
     both = _read(prepared, handle, kind, grid.train_and_dev)
     train, dev = (both.part(prepared.data.splits[split]) for split in (Split.train, Split.dev))
-    eps = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
     return select(
         train,
         dev,
         config.solver,
         solver=config.solver.solver_of(kind),
         metric=config.task.metric,
-        resolution=eps * grid.num_cols * train.f0.shape[1],
+        resolution=handle.resolution,
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from raykernel.commands import Key, execute, keys_of, read_rows, show
 from raykernel.compose import ComposedRun
+from raykernel.compute.trouble import of_memory
 from raykernel.config import Json, RunConfig, fingerprint, plain
 from raykernel.console import Screen
 from raykernel.errors import (
@@ -379,7 +380,7 @@ def cause_of(error: Exception) -> Cause:
     kinds: list[tuple[type[Exception] | tuple[type[Exception], ...], Cause]] = [
         ((DivergedError, NonFiniteError), Cause.diverged),
         ((OutOfMemoryError, MemoryError), Cause.memory),
-        (WorkerLostError, Cause.lost),
+        (WorkerLostError, Cause.memory if of_memory(error) else Cause.lost),
         (InputError, Cause.input),
     ]
     for classes, cause in kinds:

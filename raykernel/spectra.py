@@ -157,7 +157,7 @@ def layer_spectra(
     """
     names, train = handle.groups(kind.value), handle.grid.train
     plain = [name for name in names if parts(name) is None]
-    resolution = resolution_of(handle)
+    resolution = handle.resolution
     read = partial(measure, resolution=resolution, ridge=settings.ridge)
     targets = None if labels is None else one_hot(labels, handle.num_outputs)
     leave = partial(_leave, targets=targets, f0=handle.logits(train), resolution=resolution)
@@ -168,7 +168,13 @@ def layer_spectra(
     with screen.progress(f"spectra ({kind.value})", len(plain)) as advance:
         for name, kernel in handle.group_kernels(kind=kind.value, rows=train):
             if name in plain:  # a cross group is no kernel of its own
-                three = measure_one(kernel, read, DEAD * every[0].top)
+                three = measure_one(
+                    name,
+                    kernel,
+                    read,
+                    floor=DEAD * every[0].top,
+                    noise=resolution * every[1].top,
+                )
                 if not kernel.any():  # no gradient at all: that of LoRA's A, where B is 0
                     counts = counts | {name: 0}
                 left = leave(kernel, three[0])
@@ -199,7 +205,7 @@ def layer_changes(
     Returns:
         Choice after choice.
     """
-    resolution = resolution_of(handle)
+    resolution = handle.resolution
     return [
         change
         for patterns in settings.sets or [[]]
@@ -251,23 +257,6 @@ def _leave(
     )
 
 
-def resolution_of(handle: KernelHandle) -> float:
-    """Relative size of an eigenvalue that is rounding noise.
-
-    Args:
-        handle: a stored kernel.
-
-    Returns:
-        nc times the machine epsilon of what is stored, or the error of a reduced precision as
-        the kernel's first worker measured it.
-    """
-    eps = float(np.finfo(np.dtype(handle.manifest.dtype)).eps)
-    stored = eps * handle.grid.num_cols * handle.num_outputs
-    if not handle.has_pinned("precision"):
-        return stored
-    return max(stored, float(handle.read_pinned("precision")["relative_error"]))
-
-
 Readings = tuple[Spectrum, Spectrum, Spectrum | None]
 """Of what softmax sees, of all outputs, and of the centred kernel; the last not of one example."""
 
@@ -292,24 +281,37 @@ def measure(
 
 
 def measure_one(
-    kernel: Float[np.ndarray, "n c n c"], read: Callable[..., Readings], floor: float
+    name: str,
+    kernel: Float[np.ndarray, "n c n c"],
+    read: Callable[..., Readings],
+    *,
+    floor: float,
+    noise: float,
 ) -> Readings:
     """The same of one layer group, which may be what rounding left of cancelling terms.
 
     The gradient of attention's key bias is zero, for example: what is stored is noise, and need be
-    neither symmetric nor positive.
+    neither symmetric nor positive. It is below the noise of the whole kernel then; what is above it
+    and cannot be a kernel of gradients is no rounding.
 
     Args:
+        name: of the layer group.
         kernel: K(train, train).
         read: `measure` with its settings.
         floor: an eigenvalue that is known to be noise.
+        noise: norm of what rounding may leave of cancelling terms.
 
     Returns:
         The three; all eigenvalues are noise where the kernel cannot be one of gradients.
+
+    Raises:
+        NotPositiveSemidefiniteError: if the kernel is none, and not for being noise.
     """
     try:
         return read(kernel, floor=floor)
-    except (InputError, NotPositiveSemidefiniteError):
+    except (InputError, NotPositiveSemidefiniteError) as error:
+        if not np.linalg.norm(kernel) <= noise:
+            raise NotPositiveSemidefiniteError(f"layer group {name}: {error}") from error
         even = (kernel + kernel.transpose(2, 3, 0, 1)) / 2
         return read(even, floor=float(np.linalg.norm(even)))
 

@@ -266,7 +266,7 @@ def run_steps(
     ends = _ends(spec.training, done)
     shown = done if done else -1
     result: ResultT | None = None
-    pass_size = spec.compute.batch_size
+    pass_size, halved = spec.compute.batch_size, 0
     before = dict(zip(ends, [done, *ends], strict=False))
     with screen.progress("steps", steps - done) as advance:
         # The steps of a trial are one after the other: a second worker would do the same ones.
@@ -278,6 +278,12 @@ def run_steps(
                     f"compute.memory_gb={spec.compute.memory_gb:g} has room for "
                     f"{counted(pass_size, 'example')} in a pass, not compute.batch_size="
                     f"{spec.compute.batch_size}."
+                )
+            if receipt.halved > halved:
+                halved = receipt.halved
+                screen.note(
+                    f"memory ran out, and passes were halved {counted(halved, 'time')}: the same "
+                    "gradients, summed over more passes. Lower compute.memory_gb to what is free."
                 )
             for point in receipt.points:
                 if point.step > shown:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,11 @@ import torch
 from benchmarks import floor
 from benchmarks.comparison import relative_error
 from benchmarks.contenders import OWN, Contender
+from benchmarks.guards import GUARDS, without_guards, write_between
 from benchmarks.peers import PEERS, reference
 from benchmarks.regression import WAYS, reference_predictions, regression
 from benchmarks.selection import groups
+from benchmarks.tables import Table
 from benchmarks.workloads import PAD, Workload, roberta
 
 WIDTH = 16
@@ -72,3 +77,29 @@ def test_groups_of_the_search_are_of_full_rank() -> None:
     kernels = drawn.kernels.reshape(3, 12, 12)
     assert np.linalg.matrix_rank(kernels).tolist() == [12, 12, 12]
     assert drawn.names == ("0", "1", "2")
+
+
+def test_every_guard_is_called_where_the_benchmark_takes_it_out() -> None:
+    """Else the run without them would be the run with them."""
+    for module, name, _ in GUARDS.values():
+        before = getattr(module, name)
+        with without_guards():
+            assert getattr(module, name) is not before
+        assert getattr(module, name) is before
+        called = inspect.getsource(module).count(f"{name}(")  # type: ignore[arg-type]
+        defined = inspect.getsource(module).count(f"def {name}(")  # type: ignore[arg-type]
+        assert called > defined
+
+
+def test_results_are_written_between_their_marks(tmp_path: Path) -> None:
+    file = tmp_path / "RESULTS.md"
+    file.write_text("# Results\n\nother\n", encoding="utf-8")
+    for rows in (["a", "1"], ["b", "2"]):
+        table = Table("Checks", ["", "seconds"])
+        table.add(*rows)
+        write_between(table, "command", file)
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("# Results\n\nother\n\n<!-- guards -->\n## Checks")
+    assert text.count("<!-- guards -->") == text.count("## Checks") == 1
+    assert "| b | 2 |" in text
+    assert "| a | 1 |" not in text

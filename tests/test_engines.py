@@ -14,6 +14,7 @@ import pytest
 
 from raykernel import commands
 from raykernel.cli import main
+from raykernel.compute.trouble import cause_of as cause_of_loss
 from raykernel.conduct import arm_points, make_searcher
 from raykernel.console import Screen
 from raykernel.engines import by_kernel, waves
@@ -146,6 +147,7 @@ def test_input_that_was_wrong_is_tried_again_without_a_request(place, capsys):
         (OutOfMemoryError("x"), Cause.memory),
         (MemoryError(), Cause.memory),
         (WorkerLostError("x"), Cause.lost),
+        (WorkerLostError(cause_of_loss(RuntimeError("running low on memory"))), Cause.memory),
         (InputError("x"), Cause.input),
         (RunError("x"), Cause.error),
         (ZeroDivisionError(), Cause.error),

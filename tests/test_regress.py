@@ -12,17 +12,31 @@ from raykernel.analysis.asymmetric import AsymmetricSolution, solve_asymmetric
 from raykernel.analysis.ridge import solve_ridge
 from raykernel.analysis.targets import one_hot, plus_minus
 from raykernel.compose import compose_runs
+from raykernel.compute.executor import InlineExecutor, Outcome
+from raykernel.compute.spec import WorkerSpec
+from raykernel.compute.trouble import cause_of
 from raykernel.config import GridPoint, RunConfig
 from raykernel.console import Screen
-from raykernel.errors import KernelIncompleteError
-from raykernel.pipeline import Outcome, kernel, show_outcome
+from raykernel.errors import (
+    InputError,
+    KernelIncompleteError,
+    NotPositiveSemidefiniteError,
+    WorkerLostError,
+)
+from raykernel.pipeline import Outcome as Ended
+from raykernel.pipeline import begin_kernel, complete, kernel, show_outcome
 from raykernel.plan import make_plan, show_plan
+from raykernel.prepared import prepare
+from raykernel.spectra import spectra
 from raykernel.store.arrowfile import read_header
+from raykernel.store.blockfile import block_name
 from raykernel.store.blocks import Store, open_store
+from raykernel.store.grid import Cell
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.listing import TABLES
 from raykernel.store.predictions import PREDICTION_GLOB, read_predictions, solution_of
 from raykernel.store.query import query
+from raykernel.store.verify import verify
 from raykernel.terms import Kind, PredictedBy
 from tests import tiny
 
@@ -38,7 +52,7 @@ def config_of(model: Path, **changes: str) -> RunConfig:
     return run.config
 
 
-def run(model: Path, **changes: str) -> Outcome:
+def run(model: Path, **changes: str) -> Ended:
     return kernel(config_of(model, **changes), (), Screen())
 
 
@@ -272,6 +286,84 @@ def test_a_linear_probe_is_predicted_from(model: Path, here: Path) -> None:
     expected = through_the_kernel(handle, row, [])
     found = stored_predictions(handle)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+# ------------------------------------------------------------------ kernels that are none
+
+
+def change(handle: KernelHandle, cell: Cell, entry: tuple[int, int, int, int], by: float) -> None:
+    """Add to one entry of a stored block in every layer group, by its share of |K|, committed."""
+    values = handle.read_block(cell).of_kind("sgd").copy()
+    top = np.linalg.norm(handle.kernel(rows=handle.grid.train))
+    values[(slice(None), *entry)] += by * top / len(values)
+    handle.write_block(cell, {"sgd": dict(zip(handle.groups(), values, strict=True))})
+
+
+@pytest.mark.parametrize(
+    ("cell", "entry", "text"),
+    [
+        ((0, 0), (0, 1, 2, 0), "differs from its transpose.* between train examples 0 and 2"),
+        ((0, 1), (2, 0, 1, 0), "has eigenvalue -.* Train example . has most of it"),
+    ],
+    ids=["asymmetric", "indefinite"],
+)
+def test_a_block_that_was_changed_with_its_checksum_stops_the_solver(
+    cell: tuple[int, int], entry: tuple[int, int, int, int], text: str, model: Path, here: Path
+) -> None:
+    """Half of |K| in one entry; a millionth is rounding. `verify` sees files that are whole."""
+    handle = Store("store").open(run(model).prepared.fingerprint)
+    own = next(found for found in handle.grid.cells() if (found.i, found.j) == cell)
+    change(handle, own, entry, 1e-6)
+    run(model)
+    change(handle, own, entry, 0.5)
+    assert verify("store").ok
+    for stage in (
+        lambda: run(model),
+        lambda: spectra(config_of(model), (), Screen()),
+    ):
+        with pytest.raises((NotPositiveSemidefiniteError, InputError), match=text) as raised:
+            stage()
+        assert "delete the kernel's folder" in str(raised.value)
+
+
+class Killed(InlineExecutor):
+    """An executor whose workers die of Ray's memory monitor while chunks are whole."""
+
+    def __init__(self, error: str) -> None:
+        self.error = error
+        self.halvings: list[int] = []
+
+    def run(self, make, jobs, *, workers=None):  # type: ignore[no-untyped-def]
+        spec = getattr(make, "__self__", None)
+        if not isinstance(spec, WorkerSpec) or spec.halvings:
+            self.halvings += [spec.halvings] if isinstance(spec, WorkerSpec) else []
+            yield from super().run(make, jobs, workers=workers)
+            return
+        first, *others = jobs
+        yield Outcome(first, 3, error=WorkerLostError(self.error))
+        yield from super().run(make, others, workers=workers)
+
+
+def test_blocks_whose_workers_were_ended_for_memory_come_back_in_halved_chunks(
+    model: Path, here: Path
+) -> None:
+    prepared = run(model, store__path="whole").prepared
+    whole = Store("whole").open(prepared.fingerprint)
+    ray_says = RuntimeError("The actor died: task killed as the node was running low on memory.")
+    killed = Killed(f"cell was tried 3 times, each time its worker died ({cause_of(ray_says)}).")
+    own = prepare(config_of(model), Screen())
+    handle = begin_kernel(own, Store("store"))
+    complete(own, handle, killed, Screen())
+    assert killed.halvings == [1]
+    first, second = (kernel.kernel(rows=kernel.grid.train_and_dev) for kernel in (whole, handle))
+    np.testing.assert_allclose(second, first, rtol=0, atol=1e-5 * np.abs(first).max())
+    cells = handle.grid.cells(handle.grid.train_and_dev)
+    names = [block_name(cell.i, cell.j) for cell in cells]
+    rows = [read_header(handle.path / name)["provenance"]["rows"] for name in names]
+    assert rows == [1] + [3] * (len(cells) - 1)
+    other = Killed("cell was tried 3 times, each time its worker died (ActorDiedError: killed).")
+    with pytest.raises(WorkerLostError, match="ActorDiedError"):
+        complete(own, begin_kernel(own, Store("other")), other, Screen())
 
 
 def _without(overrides: list[str], keys: tuple[str, ...]) -> RunConfig:

@@ -19,7 +19,7 @@ from raykernel.cli import main
 from raykernel.compose import compose_runs
 from raykernel.config import RunConfig
 from raykernel.console import Screen
-from raykernel.errors import InputError
+from raykernel.errors import InputError, NotPositiveSemidefiniteError
 from raykernel.spectra import Spectra, measure, measure_one, spectra
 from raykernel.spectrum_table import show_spectra
 from raykernel.store.blocks import Store
@@ -378,11 +378,16 @@ def test_what_rounding_left_of_a_layer_has_no_reading() -> None:
     """Neither symmetric nor positive, or far below the others: no kernel of gradients."""
     tiny_one = np.eye(6).reshape(3, 2, 3, 2) * 1e-12
     read = partial(measure, resolution=1e-6, ridge=1e-3)
-    assert all(each and math.isnan(each.regularised) for each in measure_one(tiny_one, read, 1e-10))
+    found = measure_one("a", tiny_one, read, floor=1e-10, noise=0.0)
+    assert all(each and math.isnan(each.regularised) for each in found)
     noise = np.random.default_rng(0).normal(size=(3, 2, 3, 2))
-    seen, full, centred = measure_one(noise, read, 0.0)
+    seen, full, centred = measure_one("a", noise, read, floor=0.0, noise=10.0)
     assert centred is not None
     assert all(each.num_unresolved == each.size for each in (seen, full, centred))
+    with pytest.raises(
+        NotPositiveSemidefiniteError, match="layer group a: The train kernel differs"
+    ):
+        measure_one("a", noise, read, floor=0.0, noise=1.0)
 
 
 def test_a_second_run_computes_nothing_and_keeps_other_choices(

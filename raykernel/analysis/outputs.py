@@ -22,11 +22,17 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
-from raykernel.analysis.gram import Gram, decompose, flatten, noise
+from raykernel.analysis.gram import (
+    REMEDY,
+    ROUNDINGS,
+    Gram,
+    decompose,
+    excused_noise,
+    flatten,
+    largest_gap,
+    noise,
+)
 from raykernel.errors import InputError
-
-ASYMMETRY_TOLERANCE = 1e-3
-"""||K - Kᵀ|| above this part of ||K|| is no rounding error (Frobenius norms)."""
 
 
 class Outputs(Enum):
@@ -73,12 +79,14 @@ def total(
     n, c = blocks[0].shape[:2]
     matrix = sum((flatten(block, np.zeros((n, c))) for block in blocks), np.zeros(()))
     relative = max(noise(block, resolution) for block in blocks)
-    gap = float(np.linalg.norm(matrix - matrix.T))
-    if gap > ASYMMETRY_TOLERANCE * float(np.linalg.norm(matrix)):
+    gap, norm = float(np.linalg.norm(matrix - matrix.T)), float(np.linalg.norm(matrix))
+    excused = max(excused_noise(block, resolution) for block in blocks)
+    if gap > 2 * ROUNDINGS * excused * norm:
         raise InputError(
-            f"The train kernel differs from its transpose by {gap:.3g} of norm "
-            f"{np.linalg.norm(matrix):.3g}: expected a symmetric kernel. asigngd has singular "
-            "values but no spectrum; take sgd or signgd."
+            f"The train kernel differs from its transpose by {gap:.3g} of norm {norm:.3g}, and "
+            f"rounding explains {2 * ROUNDINGS * excused * norm:.3g}: expected a symmetric kernel. "
+            "asigngd has singular values but no spectrum; take sgd or signgd. "
+            f"{largest_gap(matrix, c)} {REMEDY}"
         )
     return ((matrix + matrix.T) / 2).reshape(n, c, n, c), relative
 

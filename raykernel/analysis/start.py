@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float
 
-from raykernel.analysis.gram import Gram, check_semidefinite, decompose
+from raykernel.analysis.gram import Gram, check_semidefinite, decompose, excused_noise
 from raykernel.analysis.leave_one_out import LeaveOneOut, leave_each_out
 from raykernel.analysis.outputs import Outputs, choose_outputs, combined, contrast_basis, noise_end
 from raykernel.analysis.spectrum import RIDGE, Spectrum, read
@@ -160,8 +160,10 @@ class Start:
         if not (math.isfinite(highest) and self._eigenvalues[0] > highest):
             side = self.targets.size
             norm = float(np.linalg.eigvalsh(self.kernel.reshape(side, side))[-1])
+            check_semidefinite(
+                self._eigenvalues, excused_noise(self.kernel, self.resolution) * norm
+            )
             highest = noise_end(self._eigenvalues, self.resolution, self.resolution * norm)
-            check_semidefinite(self._eigenvalues, highest)
         return highest
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -12,6 +12,7 @@ from raykernel.compute.examples import Examples
 from raykernel.compute.loading import model_bytes, tensor_bytes
 from raykernel.compute.lora_error import adapted_layers
 from raykernel.compute.memory import Footprint, PackedBytes, Sizes
+from raykernel.compute.naming import named
 from raykernel.compute.plan import token_flops
 from raykernel.compute.sketches import Work
 from raykernel.compute.spec import WorkerSpec
@@ -24,6 +25,7 @@ from raykernel.ntk.product import ProductBytes, product_bytes
 from raykernel.ntk.rates import PassRate, pass_rate
 from raykernel.ntk.sign_product import sign_product_bytes
 from raykernel.ntk.stream import Streamer
+from raykernel.ntk.witness import check_parameters
 from raykernel.problem.models import Problem
 from raykernel.store.groups import parts
 from raykernel.terms import Kind, Method
@@ -51,14 +53,15 @@ class Captures:
         self._itemsize = itemsize
 
     def learn(self) -> None:
-        """Trace the longest examples.
+        """Trace the longest examples, of finite weights.
 
         The engine checks itself against autograd on first sight, which takes a gradient of all
         parameters; and it learns the model's pattern here rather than from whichever cell comes
         first, so that cells do not depend on their order.
         """
+        check_parameters(self.problem.module)
         for examples in (self.examples.longest[:1], self.examples.longest):
-            for capture in self.streamer.stream(self.examples.batch(examples)):
+            for capture in self._of_pass(self.streamer, examples):
                 del capture
 
     def of(
@@ -81,14 +84,20 @@ class Captures:
             A capture of some layers each, of all the examples.
         """
         tracer, streamer = tracer or self.tracer, streamer or self.streamer
-        batches = list(self.examples.batches(examples, sizes.batch))
-        if sizes.stream:
-            found = zip(*(streamer.stream(batch) for batch in batches), strict=True)
-        else:
-            found = zip(*([tracer.capture(batch)] for batch in batches), strict=True)
-        for pieces in found:
+        source: Tracer | Streamer = streamer if sizes.stream else tracer
+        passes = list(self.examples.passes(examples, sizes.batch))
+        for pieces in zip(*(self._of_pass(source, own) for own in passes), strict=True):
             process.trim_heap()
             yield Capture.concatenate(pieces, after_group=process.trim_heap)
+
+    def _of_pass(self, source: Tracer | Streamer, examples: Sequence[int]) -> Iterator[Capture]:
+        """Captures of one pass; what is wrong with an example is said with its id."""
+        batch = self.examples.batch(examples)
+        with named(self._spec, examples):
+            if isinstance(source, Streamer):
+                yield from source.stream(batch)
+            else:
+                yield source.capture(batch)
 
     def longest(self) -> Capture:
         """Factors of the longest example."""

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar, cast, runtime_checkable
 
 from raykernel import errors
 from raykernel.compute import kept
-from raykernel.errors import RaykernelError, RunError
+from raykernel.errors import OutOfMemoryError, RaykernelError, RunError, is_out_of_memory
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -136,7 +136,8 @@ class Failure:
     """What a function raised, as text, so that it crosses process borders without pickled code."""
 
     kind: str
-    """Name of a class in raykernel.errors; `RunError` for everything unforeseen."""
+    """Name of a class in raykernel.errors; of everything unforeseen `RunError`, or
+    `OutOfMemoryError`."""
     message: str
     trace: str
     """End of the traceback where the error was unforeseen, else empty."""
@@ -169,9 +170,9 @@ def attempt(function: Callable[..., ResultT], *arguments: object) -> Success[Res
         return Failure(_known_class(error), str(error), "")
     except Exception as error:
         trace = "".join(traceback.format_exception(error)).rstrip().splitlines()
-        name = type(error).__name__
+        name, kind = type(error).__name__, OutOfMemoryError if is_out_of_memory(error) else RunError
         return Failure(
-            RunError.__name__,
+            kind.__name__,
             f"A worker failed with {name}: {error}" if str(error) else f"A worker failed: {name}.",
             "\n".join(trace[-TRACE_LINES:]),
         )

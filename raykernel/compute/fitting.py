@@ -7,8 +7,7 @@ from typing import Generic, TypeVar
 
 from raykernel.compute import memory, process
 from raykernel.config import ComputeConfig
-from raykernel.errors import OutOfMemoryError
-from raykernel.ntk.passes import is_out_of_memory
+from raykernel.errors import OutOfMemoryError, is_out_of_memory
 from raykernel.ntk.product import ProductBytes
 
 SizeT = TypeVar("SizeT")
@@ -87,8 +86,9 @@ def fitting_batch(held: int, product: ProductBytes, compute: ComputeConfig) -> F
     Returns:
         The batch size.
     """
-    return Fitting(memory.product_batch(held, product, compute), _half, compute)
+    return Fitting(memory.product_batch(held, product, compute), half, compute)
 
 
-def _half(batch: int) -> int:
+def half(batch: int) -> int:
+    """The number of examples below one; of one, that itself."""
     return max(1, batch // 2)

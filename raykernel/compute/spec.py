@@ -34,6 +34,8 @@ class WorkerSpec:
     """Fine-tuning run whose weights the model has; None: θ_PT."""
     group_sets: tuple[tuple[str, ...], ...] = ()
     """Patterns of every set of layer groups that will be summed, to refuse wrong ones early."""
+    halvings: int = 0
+    """How often chunks are halved before the first one: workers of larger ones were killed."""
 
     def blocks(self) -> Callable[[Cell], Receipt]:
         """In a worker's process: the function that computes cells."""

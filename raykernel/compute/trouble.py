@@ -10,6 +10,18 @@ from pathlib import Path
 from raykernel.config import ComputeConfig
 from raykernel.errors import InputError, RunError
 
+_OF_MEMORY = "Ray ended it because its machine ran out of memory"
+
+
+def of_memory(error: Exception) -> bool:
+    """Whether a worker was lost because Ray's monitor saw its machine run out of memory."""
+    return _OF_MEMORY in str(error)
+
+
+def while_loading(error: Exception) -> bool:
+    """Whether workers were lost before they had a job, of which smaller pieces would help."""
+    return "before they had loaded the model" in str(error)
+
 
 def cause_of(error: Exception) -> str:
     """The one clause of Ray's report that says how a worker's process ended.
@@ -23,7 +35,7 @@ def cause_of(error: Exception) -> str:
     text = " ".join(str(error).split())
     name = type(error).__name__
     if name == "OutOfMemoryError" or "running low on memory" in text:
-        return "Ray ended it because its machine ran out of memory"
+        return _OF_MEMORY
     detail = re.search(r"Worker exit detail: (.+?\.)( |$)", text)
     reason = re.search(r"is (?:dead|unavailable)\w* because (.+?\.)( |$)", text)
     found = detail or reason

@@ -26,7 +26,9 @@ from raykernel.compute.examples import split
 from raykernel.compute.fitting import Fitting
 from raykernel.compute.loading import can_read, settle, stored_head, take_problem
 from raykernel.compute.memory import Sizes
+from raykernel.compute.naming import named
 from raykernel.compute.plan import WorkerPlan, plan_of
+from raykernel.compute.second_pass import check_second_pass
 from raykernel.compute.spec import Receipt, WorkerSpec
 from raykernel.config import Json
 from raykernel.errors import RunError
@@ -61,6 +63,7 @@ class Worker:
         self._captures = Captures(spec, self._problem, itemsize)
         self._examples = self._captures.examples
         self._columns: OrderedDict[range, list[Side]] = OrderedDict()
+        self._checked = False
         self._turn = 0
         self._predicted = 0.0
         self._load_seconds = time.monotonic() - start
@@ -85,6 +88,9 @@ class Worker:
             lower="task.max_length, kernel.block_size or compute.workers",
             forget=self._columns.clear,
         )
+        if not self._checked:
+            check_second_pass(self._spec, self._captures, cell.rows, self._sizes, logits)
+            self._checked = True
         if not can_read(lambda: self._handle.read_logits(cell.i)):
             self._handle.write_logits(cell.rows, logits)
         provenance: dict[str, Json] = {
@@ -199,11 +205,13 @@ class Worker:
             for rows in split(cell.rows, sizes.rows):
                 at = slice(rows.start - cell.rows.start, rows.stop - cell.rows.start)
                 of_rows, of_cols = places(rows), places(cols)
+                taken = [self._examples.by_length(own) for own in (rows, cols)]
                 for left, right in self._sides(rows, cols):
                     logits[at] = left.logits[of_rows].double().cpu().numpy()
-                    for kind, group, block in self._contract(left, right):
-                        ordered = block.index_select(0, of_rows).index_select(2, of_cols)
-                        values[kind][group][at, :, to] = ordered.cpu().numpy()
+                    with named(self._spec, *taken):
+                        for kind, group, block in self._contract(left, right):
+                            ordered = block.index_select(0, of_rows).index_select(2, of_cols)
+                            values[kind][group][at, :, to] = ordered.cpu().numpy()
                     del left, right  # else they would live on while the next ones are captured
         return values, logits
 
@@ -290,7 +298,10 @@ class Worker:
 
     @cached_property
     def _fitting(self) -> Fitting[Sizes]:
-        return Fitting(self._captures.sizes(), memory.halved, self._spec.compute)
+        sizes = self._captures.sizes()
+        for _ in range(self._spec.halvings):
+            sizes = memory.halved(sizes)
+        return Fitting(sizes, memory.halved, self._spec.compute)
 
     @property
     def _sizes(self) -> Sizes:

@@ -1,4 +1,4 @@
-"""Checks that a capture is what plain autograd gives, and the name of a layer where it is NaN.
+"""Checks that a capture is what plain autograd gives.
 
 A capture rests on two readings that no static look at a model can prove: that the watched calls
 are all uses of a parameter, and that the examples are where the shapes say. Both are checked on
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raykernel.errors import NonFiniteError
 from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.factors import Part, magnitude
 from raykernel.ntk.local import requiring_gradients
@@ -172,60 +171,3 @@ def _precision(dtype: torch.dtype) -> float:
 def _close(actual: Tensor, expected: Tensor) -> bool:
     eps = _precision(expected.dtype)
     return bool((actual - expected).abs().max() <= eps**0.5 * expected.abs().max().clamp(min=1e-3))
-
-
-def raise_non_finite(
-    model: nn.Module, readout: Readout, batch: Batch, *, gradient_of: str | None
-) -> NoReturn:
-    """Name the layer at which NaN or infinity comes in.
-
-    Args:
-        model: the network.
-        readout: logits (n, c) of a batch.
-        batch: the examples.
-        gradient_of: the layer group whose gradient is not finite, if it is known.
-
-    Raises:
-        NonFiniteError: always.
-    """
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            layer = name.rpartition(".")[0] or name
-            raise NonFiniteError(
-                f"{layer}: parameter {name!r} holds NaN or infinity, expected finite weights. "
-                "Load the checkpoint again, or check what wrote it."
-            )
-    first = _first_non_finite_output(model, readout, batch)
-    if first is not None:
-        raise NonFiniteError(
-            f"{first}: its output is NaN or infinite although the weights are finite. "
-            "Use kernel.precision=float32, and check the inputs (a row of only padding?)."
-        )
-    where = f"{gradient_of}: the gradient" if gradient_of else "The logits'"
-    raise NonFiniteError(
-        f"{where} is NaN or infinite, expected a finite value. Use kernel.precision=float32 or "
-        "float64; a division by zero or a square root of zero in the model has no gradient."
-    )
-
-
-def _first_non_finite_output(model: nn.Module, readout: Readout, batch: Batch) -> str | None:
-    found: list[str] = []
-
-    def note(path: str, output: object) -> None:
-        if found or not isinstance(output, Tensor) or not output.is_floating_point():
-            return
-        if not bool(output.isfinite().all()):
-            found.append(path)
-
-    handles = [
-        module.register_forward_hook(lambda m, a, output, path=path: note(path, output))
-        for path, module in model.named_modules()
-        if path
-    ]
-    try:
-        with torch.no_grad():
-            readout(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from raykernel.errors import InputError
-from raykernel.ntk import audit
+from raykernel.errors import InconsistentError, is_out_of_memory
+from raykernel.ntk import audit, witness
 from raykernel.ntk.backward import Gradients, output_gradients
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import (
@@ -34,7 +34,6 @@ from raykernel.ntk.factors import (
 from raykernel.ntk.groups import ROOT, find_groups
 from raykernel.ntk.passes import (
     check_logits,
-    is_out_of_memory,
     prepared,
     saved_storages,
     selected_parameters,
@@ -186,8 +185,8 @@ class Tracer:
             The capture of its examples.
 
         Raises:
-            InputError: if the batch is empty or uneven, the readout is not (n, c), or two passes
-                over one example differ.
+            InputError: if the batch is empty or uneven, or the readout is not (n, c).
+            InconsistentError: if two passes over one example differ.
             NonFiniteError: if logits or gradients are NaN or infinite.
         """
         n = check_batch(batch)
@@ -321,7 +320,7 @@ class Tracer:
                 group = self._groups.owners[name][0]
                 parts[group][name] = (part,)
                 if not finite:
-                    self.raise_non_finite(batch, group)
+                    self.raise_non_finite(batch, group, part)
         return Capture(logits.detach(), parts, self.crosses)
 
     def parts_of(
@@ -355,18 +354,20 @@ class Tracer:
                 found.setdefault((dict(call.groups)[name], name), []).append(part)
             del of_call
         parts: Parts = {group: {} for group in groups}
-        broken = None
+        broken: tuple[str, Part] | None = None
         for group, name in list(found):
             compressed = [compress(part) for part in join_calls(found.pop((group, name)))]
             parts.setdefault(group, {})[name] = tuple(part for part, _ in compressed)
-            broken = broken if all(finite for _, finite in compressed) else group
+            wrong = next((part for part, finite in compressed if not finite), None)
+            broken = broken if wrong is None else (group, wrong)
         if broken is not None:
-            self.raise_non_finite(batch, broken)
+            self.raise_non_finite(batch, *broken)
         return parts
 
-    def raise_non_finite(self, batch: Batch, group: str | None) -> NoReturn:
-        """Name the layer at which NaN or infinity comes in (NonFiniteError)."""
-        audit.raise_non_finite(self.model, self.readout, batch, gradient_of=group)
+    def raise_non_finite(self, batch: Batch, group: str, part: Part) -> NoReturn:
+        """Name the layer at which NaN or infinity comes in, and the example (NonFiniteError)."""
+        row = witness.first_row(part.gradients)
+        witness.raise_non_finite(self.model, self.readout, batch, gradient_of=group, example=row)
 
     def _unruled(self) -> dict[str, nn.Parameter]:
         return {name: self._parameters[name] for name in sorted(self._through_model)}
@@ -390,9 +391,11 @@ class Tracer:
             self.model, self.readout, example(batch, n - 1), ruled, parts, capture.logits[last]
         )
         if wrong is None and n == 1:
-            raise InputError(
+            witness.check_steady(self.model, self.readout, batch, tolerance=1e-6)
+            raise InconsistentError(
                 "two passes over the same example gave different logits, expected a function of "
-                "the example. Remove randomness (dropout with training=True) from the model."
+                "the example. Remove state from the model.",
+                row=0,
             )
         return wrong
 

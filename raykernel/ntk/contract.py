@@ -281,9 +281,15 @@ def grams(
     for group in wanted:
         for kind, block in _group_blocks(rows, cols, group, kinds, limits).items():
             if not _is_finite(block):
+                row, _, col, _ = (
+                    int(place[0]) for place in (~block.isfinite()).nonzero(as_tuple=True)
+                )
                 raise NonFiniteError(
-                    f"{group}: its kernel block overflows {block.dtype}, expected finite values. "
-                    "Use kernel.precision=float64."
+                    f"{group}: its kernel block overflows {block.dtype} (first of row "
+                    f"example {row} and column example {col}), expected finite values. Use "
+                    "kernel.precision=float64.",
+                    row=row,
+                    col=col,
                 )
             blocks[kind][group] = block
     return blocks

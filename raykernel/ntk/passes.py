@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from raykernel.errors import InputError
-from raykernel.ntk import audit
+from raykernel.ntk import witness
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import accumulator
 
@@ -108,7 +108,8 @@ def check_logits(model: nn.Module, readout: Readout, batch: Batch, logits: Any) 
             "Return one row of logits per example, such as logits[:, label_ids]."
         )
     if not bool(logits.isfinite().all()):
-        audit.raise_non_finite(model, readout, batch, gradient_of=None)
+        row = witness.first_row(logits)
+        witness.raise_non_finite(model, readout, batch, gradient_of=None, example=row)
 
 
 def apart(model: nn.Module, readout: Readout, batch: Batch) -> bool:
@@ -210,15 +211,6 @@ def saved_storages(model: nn.Module) -> Iterator[dict[int, int]]:
         yield storages
     for weight in (*model.parameters(), *model.buffers()):
         storages.pop(weight.untyped_storage().data_ptr(), None)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on the host."""
-    # PyTorch's allocator on the CPU, and oneDNN's, which gives no reason.
-    known = ("can't allocate memory", "could not create a primitive", "could not create a memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in known
-    )
 
 
 def zeros_like(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

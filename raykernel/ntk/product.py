@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from raykernel.errors import InputError, NonFiniteError, nearest
+from raykernel.errors import InputError, NonFiniteError, is_out_of_memory, nearest
 from raykernel.ntk import audit
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import accumulator
@@ -33,7 +33,6 @@ from raykernel.ntk.passes import (
     backward,
     check_outputs,
     checked_logits,
-    is_out_of_memory,
     on_gradients,
     paired,
     prepared,

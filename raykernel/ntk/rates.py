@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from raykernel.cache import cache_folder
-from raykernel.ntk.passes import is_out_of_memory
+from raykernel.errors import is_out_of_memory
 
 _REPEATS = 5
 

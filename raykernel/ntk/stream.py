@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raykernel.errors import is_out_of_memory
 from raykernel.ntk.backward import Gradients, gradients_of
 from raykernel.ntk.batches import Batch, check_batch
 from raykernel.ntk.capture import Capture, Parts, Tracer, pattern_of
 from raykernel.ntk.contract import gram
-from raykernel.ntk.passes import check_logits, is_out_of_memory, saved_storages
+from raykernel.ntk.passes import check_logits, saved_storages
 from raykernel.ntk.recorder import Call, Recorder
 
 _TOLERANCE, _NOISE = 4e-6, 1e-4

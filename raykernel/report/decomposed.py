@@ -17,7 +17,6 @@ from raykernel.analysis.spectrum import Spectrum, spectrum
 from raykernel.analysis.start import Start
 from raykernel.analysis.targets import one_hot
 from raykernel.errors import RaykernelError
-from raykernel.spectra import resolution_of
 from raykernel.store import manifest
 from raykernel.store.blocks import Store
 from raykernel.store.groups import layer_of, parts
@@ -66,7 +65,7 @@ def decomposed(store: Store, row: Row) -> Decomposed:
         layers, groups = _layer_kernels(handle, row["kind"])
     except (RaykernelError, OSError):  # blocks may be elsewhere, or removed
         return Decomposed(row, {}, {})
-    resolution, spectra = resolution_of(handle), {}
+    resolution, spectra = handle.resolution, {}
     for name, kernel in layers.items():
         if kernel.any():
             spectra[name] = spectrum(kernel, ridge=row["ridge"], resolution=resolution)

@@ -43,6 +43,19 @@ from raykernel.terms import Kind
 class KernelHandle(KernelFiles):
     """A kernel of a store, to be completed and read. Reopen it with `Store(path).open(…)`."""
 
+    @property
+    def resolution(self) -> float:
+        """Size, relative to the largest, of an eigenvalue of train's kernel that is rounding noise.
+
+        nc times the machine epsilon of what is stored, or the error of a reduced precision as the
+        kernel's first worker measured it.
+        """
+        eps = float(np.finfo(np.dtype(self.manifest.dtype)).eps)
+        stored = eps * self.grid.num_cols * self.num_outputs
+        if not self.has_pinned("precision"):
+            return stored
+        return max(stored, float(self.read_pinned("precision")["relative_error"]))
+
     def kinds(self) -> list[str]:
         """Kinds of kernel stored."""
         return list(dict.fromkeys(kind for kind, _ in self._names()))

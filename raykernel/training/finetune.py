@@ -28,7 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from raykernel.analysis.regression import score
-from raykernel.config import Json, RegularizationConfig, TrainingConfig
+from raykernel.compute.fitting import Fitting, FoundT, half
+from raykernel.config import ComputeConfig, Json, RegularizationConfig, TrainingConfig
 from raykernel.errors import DivergedError
 from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.passes import checked_logits, selected_parameters
@@ -136,6 +137,7 @@ class Trainer:
         metric: of dev and test.
         batch_size: examples of one forward pass at the most.
         regularization: the pull to θ_0.
+        compute: memory and device, for what happens where memory runs out.
 
     Attributes:
         step: steps done.
@@ -153,11 +155,13 @@ class Trainer:
         metric: Metric,
         batch_size: int,
         regularization: RegularizationConfig = _NO_PULL,
+        compute: ComputeConfig | None = None,
     ) -> None:
         self.step = 0
         self.curve: list[Point] = []
         self._module, self._readout, self._examples = module, readout, examples
-        self._training, self._metric, self._batch_size = training, metric, batch_size
+        self._training, self._metric = training, metric
+        self._fitting = Fitting(batch_size, half, compute or ComputeConfig(batch_size=batch_size))
         self._parameters = selected_parameters(module)
         self._device = next(iter(self._parameters.values())).device
         self._start = _values(self._parameters)
@@ -257,19 +261,41 @@ class Trainer:
         self.step += 1
         return rate, norm
 
+    @property
+    def halved(self) -> int:
+        """Times that memory ran out and passes were halved, which changes rounding alone.
+
+        And dropout, whose masks are drawn by pass.
+        """
+        return self._fitting.halved
+
     def _gradient(self, indices: Sequence[int]) -> float:
         """Leave the gradient of everything that is minimised in `.grad`; the mean loss."""
+        total = self._in_passes(lambda size: self._sum_gradients(indices, size))
+        if self._subspace is not None:
+            self._subspace.pull_back()
+        self._pull.add_gradient()
+        return total
+
+    def _in_passes(self, work: Callable[[int], FoundT]) -> FoundT:
+        """Work of passes over some examples each, again in smaller ones if memory runs out."""
+        return self._fitting.run(
+            work,
+            doing=f"in training at step {self.step} with one example in a pass",
+            lower="task.max_length, or train fewer parameters (parameters=lora)",
+            forget=lambda: self._module.zero_grad(set_to_none=True),
+        )
+
+    def _sum_gradients(self, indices: Sequence[int], size: int) -> float:
+        """The loss alone, a sum over passes whose gradients add up."""
         self._module.zero_grad(set_to_none=True)
         total = 0.0
         self._module.train(self._training.dropout)
         with self._dropout():
-            for own in _split(indices, self._batch_size):
+            for own in _split(indices, size):
                 loss = self._loss(self._logits(own), own, reduction="sum") / len(indices)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
-        if self._subspace is not None:
-            self._subspace.pull_back()
-        self._pull.add_gradient()
         return total
 
     def _batch_of(self, step: int) -> Sequence[int]:
@@ -296,7 +322,9 @@ class Trainer:
         """Mean loss and score of a split, without dropout."""
         self._module.eval()
         indices = self._examples.splits[split]
-        logits = torch.cat([self._logits(own) for own in _split(indices, self._batch_size)])
+        logits = self._in_passes(
+            lambda size: torch.cat([self._logits(own) for own in _split(indices, size)])
+        )
         loss = float(self._loss(logits, indices, reduction="mean"))
         labels = self._examples.labels[list(indices)]
         return loss, score(self._metric, labels, logits.double().cpu().numpy())
@@ -305,7 +333,7 @@ class Trainer:
         first = self._examples.collate(self._examples.splits[Split.train][:1])
         self._module.eval()
         with torch.no_grad():
-            checked_logits(self._module, self._readout, first)
+            self._in_passes(lambda _: checked_logits(self._module, self._readout, first))
         self._zero_shot = self._scored(Split.test)[1]
         self._point(learning_rate(self._training, 0), None)
 

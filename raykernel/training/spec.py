@@ -89,7 +89,9 @@ class Receipt(Generic[ResultT]):
     result: ResultT | None
     """Of the last step."""
     pass_size: int
-    """Examples of a forward and backward pass."""
+    """Examples of a forward and backward pass, as estimated."""
+    halved: int
+    """Times that memory ran out and passes were halved, so far."""
 
 
 @dataclass(frozen=True, slots=True)

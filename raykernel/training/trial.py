@@ -51,6 +51,7 @@ class Trial:
             regularization=spec.regularization,
             metric=spec.metric,
             batch_size=self._pass,
+            compute=spec.compute,
         )
         if spec.files.checkpoint.exists():
             self._trainer.resume(*read_tensors(spec.files.checkpoint))
@@ -71,7 +72,7 @@ class Trial:
             if spec.training.twin:  # before the best ones take their place
                 write_tensors(spec.files.last, trainer.values(), {"step": trainer.step})
             self._result = self._kept(trainer.finish())
-        return Receipt(points, self._result, self._pass)
+        return Receipt(points, self._result, self._pass, trainer.halved)
 
     def _kept(self, found: FineTuned) -> Result:
         files, spec = self._spec.files, self._spec

@@ -74,6 +74,7 @@ class Twin:
             regularization=spec.regularization,
             metric=spec.metric,
             batch_size=self._pass,
+            compute=spec.compute,
         )
         if spec.files.twin_checkpoint.exists():
             self._trainer.resume(*read_tensors(spec.files.twin_checkpoint))
@@ -102,7 +103,7 @@ class Twin:
         if trainer.step == self._spec.training.steps and self._result is None:
             write_tensors(files.twin, trainer.values(), {"step": trainer.step})
             self._result = self._compared()
-        return Receipt(points, self._result, self._pass)
+        return Receipt(points, self._result, self._pass, trainer.halved)
 
     # ------------------------------------------------------------ at the last step
 

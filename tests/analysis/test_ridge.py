@@ -132,5 +132,53 @@ def test_wrong_shapes_and_values_are_refused():
         solve_ridge(k_tt * np.nan, y)
     with pytest.raises(InputError, match="f0"):
         solve_ridge(k_tt, y, f0_scaling=[10.0])
+    broken = k_tt.copy()
+    broken[2, 1, 0, 0] = np.nan
+    with pytest.raises(InputError, match="the first of train example 2"):
+        solve_ridge(broken, y)
     with pytest.raises(NotPositiveSemidefiniteError, match="same order"):
         solve_ridge(k_tt - 5 * np.eye(8).reshape(4, 2, 4, 2) * np.abs(k_tt).max(), y)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_rounding_does_to_a_kernel_is_no_reason_to_refuse_it(dtype):
+    """n c ε |K|, one unit of noise, on top of rank 9 of 60: eigenvalues below zero, asymmetric."""
+    k_tt, _, labels, _, _ = problem(30, 3, 2, 9)
+    unit = 60 * np.finfo(np.float32).eps * np.linalg.norm(k_tt.reshape(60, 60), 2)
+    error = np.random.default_rng(1).normal(size=k_tt.shape)
+    error *= unit / np.linalg.norm(error)
+    kernel = (k_tt + error).astype(dtype)
+    assert np.linalg.eigvalsh(kernel.reshape(60, 60))[0] < 0
+    solve_ridge(kernel, one_hot(labels, 2), ridge=[1e-2])
+
+
+@pytest.mark.parametrize(("units", "refused"), [(5.0, False), (20.0, True)])
+def test_eigenvalues_below_zero_beyond_rounding_stop_the_solver(units, refused):
+    """Ten units of noise are the limit; the example with most of the eigenvector is named."""
+    k_tt, _, labels, _, _ = problem(6, 3, 2, 40)
+    flat = k_tt.reshape(12, 12)
+    values, vectors = np.linalg.eigh(flat)
+    values[0] = -units * 12 * np.finfo(np.float32).eps * values[-1]
+    kernel = ((vectors * values) @ vectors.T).reshape(k_tt.shape)
+    example = (vectors[:, 0] ** 2).reshape(6, 2).sum(1).argmax()
+    assert refuses(kernel, labels, f"Train example {example} has most") == refused
+
+
+@pytest.mark.parametrize(("units", "refused"), [(5.0, False), (20.0, True)])
+def test_asymmetry_beyond_rounding_stops_the_solver(units, refused):
+    """The pair that differs most is named; only the symmetric part was solved with before."""
+    k_tt, _, labels, _, _ = problem(6, 3, 2, 40)
+    kernel, top = k_tt.copy(), np.linalg.norm(k_tt.reshape(12, 12), 2)
+    step = units * 12 * np.finfo(np.float32).eps * top / np.sqrt(2)
+    kernel[4, 1, 2, 0] += step
+    kernel[2, 0, 4, 1] -= step
+    assert refuses(kernel, labels, "between train examples 2 and 4") == refused
+
+
+def refuses(kernel, labels, text):
+    """Whether a kernel is, and for that reason."""
+    try:
+        solve_ridge(kernel, one_hot(labels, 2))
+    except NotPositiveSemidefiniteError as error:
+        return text in str(error)
+    return False

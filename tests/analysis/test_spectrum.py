@@ -292,6 +292,6 @@ def test_noise_is_at_least_what_is_known_of_it():
     """A floor that is given, and the size of an eigenvalue below zero."""
     assert spectrum(scalar([4.0, 1.0, 0.5]), floor=0.7).num_unresolved == 1
     assert spectrum(scalar([4.0, 1.0, 0.5]), floor=5.0).num_unresolved == 3
-    negative = spectrum(scalar([4.0, 1e-3, -2e-3]))
-    assert negative.floor == pytest.approx(2e-3)
+    negative = spectrum(scalar([4.0, 1e-6, -2e-6]))
+    assert negative.floor == pytest.approx(2e-6)
     assert negative.num_unresolved == 2

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from raykernel.compute.executor import Executor, WorkerTraceback
-from raykernel.errors import InputError, NonFiniteError, RunError, StorageFullError
+from raykernel.compute.executor import Executor, Failure, WorkerTraceback, attempt
+from raykernel.errors import (
+    InputError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RunError,
+    StorageFullError,
+)
 from tests.compute.toy_workers import Toy
 
 
@@ -107,3 +116,25 @@ def test_an_interrupt_of_the_caller_passes_through(executor: Executor) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), OutOfMemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemoryError),
+        (RuntimeError("std::bad_alloc"), OutOfMemoryError),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), OutOfMemoryError),
+        (RuntimeError("CUDA error: device-side assert"), RunError),
+    ],
+)
+def test_a_worker_without_memory_is_told_from_one_that_fails(error: Exception, kind: type) -> None:
+    """So that the run is marked with its cause, wherever memory ran out."""
+
+    def fail() -> None:
+        raise error
+
+    failure = attempt(fail)
+    assert isinstance(failure, Failure)
+    assert type(failure.error()) is kind

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from raykernel.errors import InputError, NonFiniteError
+from raykernel.errors import InconsistentError, NonFiniteError
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram
 from raykernel.ntk.empirical import empirical_kernel
@@ -383,7 +383,8 @@ def test_dropout_is_off():
 
 def test_a_random_model_is_refused():
     model = Module(lambda m, x: m.head(F.dropout(x, 0.5, training=True)), **linears())
-    with pytest.raises(InputError, match="two passes"):
+    model = nn.Sequential(nn.Linear(D, D), model)
+    with pytest.raises(InconsistentError, match=r"^1\.head: two passes over the same example"):
         empirical_kernel(model, readout, inputs(N, D))
 
 
@@ -415,6 +416,30 @@ def test_infinite_gradient_names_the_layer_it_reaches_first():
     model = nn.Sequential(nn.Linear(D, D), Module(lambda m, x: (x * 0).sqrt()), nn.Linear(D, 2))
     with pytest.raises(NonFiniteError, match=r"^0: the gradient"):
         empirical_kernel(model, readout, inputs(N, D))
+
+
+def test_the_first_example_that_is_not_finite_is_named():
+    """By NaN in the input, an output that overflows, and a norm at 0, which has no gradient."""
+    batch = inputs(N, D)
+    model = nn.Sequential(
+        Module(lambda m, x: x * 1e30), Module(lambda m, x: x / 1e30), nn.Linear(D, 2)
+    )
+    norm = nn.Sequential(Module(lambda m, x: m.head(x) * x.norm(dim=1, keepdim=True), **linears()))
+    at_zero = nn.Sequential(
+        nn.Linear(D, D, bias=False),
+        Module(lambda m, x: m.head(x) + (x**2).sum(1, keepdim=True).sqrt(), **linears()),
+    )
+    for own, value, text in (
+        (model, torch.nan, "^x: example 2 of the batch holds NaN"),
+        (model, 1e20, r"^0: its output is infinite, beyond 3.4e\+38.*\(example 2 of the batch"),
+        (norm, 1e12, r"^0\.head: its kernel block overflows .* row example 2 and column example 2"),
+        (at_zero, 0.0, r"^0: the gradient is NaN or infinite \(example 2 of the batch\)"),
+    ):
+        changed = {"x": batch["x"].clone()}
+        changed["x"][2] = value
+        with pytest.raises(NonFiniteError, match=text) as raised:
+            empirical_kernel(own, readout, changed)
+        assert raised.value.row == 2
 
 
 def test_memory_of_a_pass_grows_with_its_tokens():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raykernel.config import TrainingConfig
-from raykernel.errors import InputError, RunError
+from raykernel.errors import InputError, OutOfMemoryError, RunError
 from raykernel.terms import Loss, Metric, Optimizer, Precision, Schedule, Split
 from raykernel.training.finetune import Examples, FineTuned, Trainer, finetune, objective
 from tests import cases
@@ -89,6 +89,48 @@ def test_examples_of_a_pass_do_not_change_the_step(batch_size):
     expected = run(linear(), inputs(), PLAIN, batch_size=7).parameters["weight"]
     found = run(linear(), inputs(), PLAIN, batch_size=batch_size).parameters["weight"]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def without_room_for(most: int, error: Exception) -> nn.Module:
+    """The model on a device where a pass of more examples fails."""
+
+    def fail(module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > most:
+            raise error
+
+    model = linear()
+    model.register_forward_pre_hook(fail)
+    return model
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_where_memory_runs_out_passes_are_halved_and_the_steps_stay(error):
+    """Of 7 examples first, then 3, then 1; gradients of a step are summed over its passes."""
+    expected = run(linear(), inputs(), PLAIN, batch_size=7)
+    model, options = without_room_for(2, error), {"metric": Metric.accuracy, "batch_size": 7}
+    trainer = Trainer(model, cases.readout, examples(inputs()), PLAIN, **options)
+    trainer.advance(12)
+    found = trainer.finish()
+    assert trainer.halved == 2
+    torch.testing.assert_close(
+        found.parameters["weight"], expected.parameters["weight"], rtol=1e-12, atol=1e-14
+    )
+    assert found.curve[-1].dev_loss == pytest.approx(expected.curve[-1].dev_loss, rel=1e-12)
+
+
+def test_where_one_example_has_no_room_the_run_ends_with_the_settings_to_change():
+    with pytest.raises(OutOfMemoryError, match=r"with one example in a pass.*task\.max_length"):
+        run(without_room_for(0, MemoryError()), inputs(), PLAIN, batch_size=7)
+    other = without_room_for(0, RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(other, inputs(), PLAIN, batch_size=7)
 
 
 @pytest.mark.parametrize("optimizer", list(Optimizer))
