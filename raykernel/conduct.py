@@ -16,7 +16,7 @@ from raykernel.config import SweepConfig, fingerprint
 from raykernel.console import Screen, counted
 from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel
 from raykernel.errors import InputError
-from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, stored
+from raykernel.runs import Ended, Run, Runner, make_run, recalled, rows_of, store_of, stored
 from raykernel.search import Search
 from raykernel.space import Plan, Point, is_harmless, spelt
 from raykernel.store.blocks import Store
@@ -144,6 +144,7 @@ def complete_runs(runs: Sequence[Run], engine: Engine, runner: Runner, heard: He
         else:
             missing.append(run)
     if missing:
+        store_of(missing[0]).require_writable()
         engine.run(by_kernel(missing), runner, keep)
     return [replace(known[run.id], run=run) for run in runs if run.id in known]
 

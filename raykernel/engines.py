@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from raykernel.compute.executor import Executor, InlineExecutor
 from raykernel.config import ComputeConfig, SweepConfig
 from raykernel.console import Screen
-from raykernel.errors import RaykernelError
+from raykernel.errors import RaykernelError, StorageFullError
 from raykernel.runs import Ended, Run, Runner, failure, make_run, rows_of, stored, write_down
 from raykernel.search import Search
 from raykernel.space import Point
@@ -271,6 +271,8 @@ class PoolEngine:
         heard: Heard,
     ) -> None:
         for outcome in executor.run(make, jobs):
+            if isinstance(outcome.error, StorageFullError):
+                raise outcome.error  # the next run could not be kept either
             if outcome.error is None:
                 for ended in outcome.value():
                     heard(ended)

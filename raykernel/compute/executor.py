@@ -173,6 +173,8 @@ def attempt(function: Callable[..., ResultT], *arguments: object) -> Success[Res
     except RaykernelError as error:
         return Failure(_known_class(error), str(error), "")
     except Exception as error:
+        if full := errors.storage_full(error):
+            return Failure(_known_class(full), str(full), "")
         trace = "".join(traceback.format_exception(error)).rstrip().splitlines()
         name = type(error).__name__
         return Failure(
