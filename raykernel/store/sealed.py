@@ -69,19 +69,7 @@ def unseal_line(path: StorePath, line: bytes) -> dict[str, Any]:
     Returns:
         What it says.
     """
-    return unsealed(path, _tree(path, line))
-
-
-def unsealed(path: StorePath, tree: dict[str, Any]) -> dict[str, Any]:
-    """The same of a line that has been parsed.
-
-    Args:
-        path: the journal, for messages.
-        tree: the line.
-
-    Returns:
-        What it says.
-    """
+    tree = _tree(path, line)
     # A flipped bit can also hit the name of the checksum.
     return _without_seal(path, tree) if any(map(_is_nearly_seal, tree)) else tree
 

@@ -27,6 +27,8 @@ from raykernel.store.tables import TABLES, ResultTable
 from raykernel.store.trials import checksum
 
 _UNKNOWN = "no file of a store; move it elsewhere"
+_WITH_A_BLOCK = {"head.arrow", *(f"{name}.json" for name in PINNED)} - {"rates.json"}
+"""What a worker makes before it computes a block, and only then."""
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
 _LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
@@ -110,14 +112,15 @@ def verify(path: str | StorePath, *, remove: bool = False) -> VerifyReport:
     )
     tables = [store.path / FOLDER / name for name in TABLES]
     results = [folder for name in tables for folder in (name, name / COMPACTED) if folder.is_dir()]
-    journals = store.path / "sweeps"
+    sweeps = store.path / "sweeps"
+    searches = [sweeps, *(one for one in folders(sweeps) if one.suffix == ".journal")]
     adapters = [store.trial(folder.name).adapter for folder in trials]
     checks = {
         **dict.fromkeys(kernels, _problems),
         **dict.fromkeys(trials, _trial_problems),
         **dict.fromkeys([*choices, *(one for one in adapters if one.is_dir())], _adapter_problems),
         **dict.fromkeys(results, _result_problems),
-        **dict.fromkeys([journals, *folders(journals)], _journal_problems),
+        **dict.fromkeys([one for one in searches if one.is_dir()], _journal_problems),
     }
     for folder, problems in checks.items():
         files = sorted(
@@ -163,15 +166,20 @@ def _problems(
         return
     handle = KernelHandle(folder, stored)
     names_by_file: dict[StorePath, Names] = {}
+    again: list[str] = []
     for file in files:
         try:
             own = _check(handle, file)
         except InputError as error:
             yield file, _reason(error, file), _damaged(error)
+            if file.name in _WITH_A_BLOCK and _damaged(error):
+                again.append(file.name)
         else:
             if own is not None:
                 names_by_file[file] = own
     yield from _odd_groups(names_by_file)
+    for file in sorted(names_by_file)[:1] if again else ():
+        yield file, f"whole, but {', '.join(again)} is made again with a block", True
 
 
 def _check(handle: KernelHandle, file: StorePath) -> Names | None:
