@@ -57,7 +57,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # ---------------------------------------------------------------- no space
 
 
-@pytest.fixture(params=["limit", "device"])
+@pytest.fixture(params=["limit", pytest.param("device", marks=pytest.mark.slow)])
 def disk(request: pytest.FixtureRequest, here: Path) -> Iterator[tuple[Path, list[object]]]:
     """A folder, and contexts in which it has no space, then some but too little."""
     folder = here / "disk"
@@ -137,6 +137,9 @@ def test_a_read_only_store_can_be_read(
         SWEEP,
     ],
     ids=["kernel", "blocks", "finetune", "behavior", "select", "sweep"],
+)
+@pytest.mark.parametrize(
+    "archive", ["permissions", pytest.param("mount", marks=pytest.mark.slow)], indirect=True
 )
 def test_writing_to_a_read_only_store_is_refused_before_any_work(
     archive: Path, command: list[str], capsys: pytest.CaptureFixture[str]
