@@ -192,6 +192,7 @@ def behavior(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> B
     prepared = prepare(config, screen)
     check_pull(prepared)
     config = prepared.config
+    Store(config.store.path).require_writable()
     handle = open_kernel(prepared)
     cells = compared_cells(handle.grid, config.behavior.test_limit)
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:

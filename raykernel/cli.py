@@ -1,18 +1,22 @@
 """The commands. Exit code 0: done, 1: something failed while running, 2: the input is wrong.
 
+2 is also that of a store that is full or cannot be written to; 130 and 143 are those of a command
+that Ctrl-C or SIGTERM ended.
+
 Commands that run something take Hydra overrides (compose.py); the others take options.
 """
 
 from __future__ import annotations
 
 import os
-import signal
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from raykernel.errors import InputError, RaykernelError, nearest
+from raykernel.errors import InputError, RaykernelError, nearest, storage_full
+from raykernel.interruption import interruptible
 from raykernel.terms import Command
 from raykernel.tools import (
     completion_parser,
@@ -100,19 +104,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"raykernel {version()}")
         return 0
     command, rest = arguments[0], arguments[1:]
-    # A job that a scheduler ends with SIGTERM unwinds like one that a person interrupts.
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        return dispatch(command, rest)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("Interrupted. What is finished is kept: the same command goes on.", file=sys.stderr)
-        return 130
-    except RaykernelError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+    with interruptible(lasts=argv is None) as interruption:
+        try:
+            return dispatch(command, rest)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except BaseException as error:
+            # What was interrupted may have made something else of it, such as an ImportError.
+            if interruption.code is not None:
+                print(interrupted_text(command, arguments), file=sys.stderr)
+                return interruption.code
+            shown = storage_full(error) or error
+            if not isinstance(shown, RaykernelError):
+                raise
+            print(f"Error: {shown}", file=sys.stderr)
+            return shown.exit_code
 
 
 def dispatch(command: str, arguments: list[str]) -> int:
@@ -135,10 +142,20 @@ def dispatch(command: str, arguments: list[str]) -> int:
     raise InputError(f"Unknown command {command!r}: {nearest(command, [*ABOUT, *TOOLS])}")
 
 
-def interrupt(signum: int, _frame: object) -> None:
-    """Turn a signal into KeyboardInterrupt."""
-    del signum
-    raise KeyboardInterrupt
+def interrupted_text(command: str, arguments: Sequence[str]) -> str:
+    """What to say of a command that was interrupted.
+
+    Args:
+        command: its name.
+        arguments: the command line.
+
+    Returns:
+        A line; of a command that keeps what it has finished, also the one that goes on.
+    """
+    if command not in {*(one.value for one in Command), "sweep"}:
+        return "Interrupted."
+    again = shlex.join(["raykernel", *arguments])
+    return f"Interrupted. What is finished is kept; to go on:\n  {again}"
 
 
 def run_all(command: str, arguments: list[str]) -> int:

@@ -16,7 +16,17 @@ from raykernel.config import SweepConfig, fingerprint
 from raykernel.console import Screen, counted
 from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel, waves
 from raykernel.errors import InputError
-from raykernel.runs import Ended, Recorder, Run, Runner, make_run, recalled, rows_of, stored
+from raykernel.runs import (
+    Ended,
+    Recorder,
+    Run,
+    Runner,
+    make_run,
+    recalled,
+    rows_of,
+    store_of,
+    stored,
+)
 from raykernel.search import Search
 from raykernel.space import Plan, Point, is_harmless, spelt
 from raykernel.store.blocks import Store
@@ -143,7 +153,9 @@ def complete_runs(runs: Sequence[Run], engine: Engine, runner: Runner, heard: He
             keep(before)
         else:
             missing.append(run)
-    _complete_unions(missing, engine)
+    if missing:
+        store_of(missing[0]).require_writable()
+        _complete_unions(missing, engine)
     for wave in waves(missing):
         engine.run(by_kernel(wave), runner, keep)
     return [replace(known[run.id], run=run) for run in runs if run.id in known]

@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -66,7 +67,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show counted work.
+        """Show counted work; of work that is interrupted, say how far it got.
 
         Args:
             text: what is counted.
@@ -74,13 +75,29 @@ class Screen:
 
         Yields:
             A function that takes how many more are done.
+
+        Raises:
+            KeyboardInterrupt: as it was.
         """
-        if self.err.is_terminal:
-            with self.bar() as bar:
-                task = bar.add_task(text, total=total)
-                yield lambda count: bar.advance(task, count)
-        else:
-            yield PlainProgress(text, total, self.say).advance
+        done = 0
+        with contextlib.ExitStack() as opened:
+            if self.err.is_terminal:
+                bar = opened.enter_context(self.bar())
+                show: Callable[[int], None] = partial(bar.advance, bar.add_task(text, total=total))
+            else:
+                show = PlainProgress(text, total, self.say).advance
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                show(count)
+
+            try:
+                yield advance
+            except KeyboardInterrupt:
+                opened.close()
+                self.say(f"{text}: {done} of {total} done.")
+                raise
 
     def bar(self) -> Progress:
         """A progress bar with count, rate and time left."""

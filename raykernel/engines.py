@@ -19,7 +19,7 @@ from raykernel.compute.executor import Executor, InlineExecutor
 from raykernel.compute.logs import bound_logs
 from raykernel.config import ComputeConfig, SweepConfig
 from raykernel.console import Screen
-from raykernel.errors import RaykernelError
+from raykernel.errors import RaykernelError, StorageFullError
 from raykernel.jobs import LateExecutor
 from raykernel.runs import Ended, Run, Runner, failure, make_run, rows_of, stored, write_down
 from raykernel.search import Search
@@ -304,6 +304,8 @@ class PoolEngine:
         heard: Heard,
     ) -> None:
         for outcome in executor.run(make, jobs):
+            if isinstance(outcome.error, StorageFullError):
+                raise outcome.error  # the next run could not be kept either
             if outcome.error is None:
                 for ended in outcome.value():
                     heard(ended)

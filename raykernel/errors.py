@@ -7,8 +7,12 @@ with exit code 1.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the operating system says of a write for which there is no space."""
 
 
 class RaykernelError(Exception):
@@ -21,6 +25,10 @@ class InputError(RaykernelError, ValueError):
     """The user's input is wrong: configuration, data, template, model or store."""
 
     exit_code = 2
+
+
+class NotWritableError(InputError):
+    """A place that cannot be written to."""
 
 
 class StoreMismatchError(InputError):
@@ -128,3 +136,24 @@ def nearest(name: str, choices: Iterable[str], *, count: int = 3) -> str:
         return "there is nothing to choose from"
     more = f", … ({len(known)} in all)" if len(known) > _MAX_LISTED else ""
     return "choose one of " + ", ".join(known[:_MAX_LISTED]) + more
+
+
+def storage_full(error: BaseException) -> StorageFullError | None:
+    """What it means that some library could write no more.
+
+    Args:
+        error: what it raised.
+
+    Returns:
+        The error to raise instead; None if it is about anything else.
+    """
+    if isinstance(error, StorageFullError):
+        return error
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return StorageFullError(
+        f"{where}no space left ({error.strerror}). Expected some, in the store or for temporary "
+        f"files. Free space or raise the quota, then run the same command again: what is stored "
+        f"is not computed twice."
+    )

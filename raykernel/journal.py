@@ -15,17 +15,24 @@ search writes about six objects, and one for each of its hyperparameters.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from raykernel.errors import BlockCorruptError
 from raykernel.location import RemotePath, StorePath, fetch
+from raykernel.store.commit import explain, make_folder
+from raykernel.store.sealed import seal, unseal, unseal_line
 
+_TAIL_BYTES = 1 << 12
+"""Read at a time from the end of a file."""
 _AT_ONCE = 128
 """Objects fetched side by side, at the most."""
 
@@ -41,8 +48,8 @@ def open_journal(place: StorePath) -> BaseJournalBackend:
     """
     if isinstance(place, RemotePath):
         return ObjectJournal(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return _FileJournal(str(place))
+    make_folder(place.parent)
+    return _FileJournal(place)
 
 
 class ObjectJournal(BaseJournalBackend):
@@ -65,14 +72,14 @@ class ObjectJournal(BaseJournalBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Put lines at the end."""
         own = uuid.uuid4().hex
-        payload = json.dumps({"id": own, "logs": logs}).encode()
+        payload = seal({"id": own, "logs": list[Any](logs)})
         while True:
             at = self._at(self._count)
             try:
                 at.write(payload, replaces=False)
             except FileExistsError:
                 # A try that failed may have written it all the same.
-                if json.loads(at.read_bytes())["id"] == own:
+                if unseal(at, at.read_bytes())["id"] == own:
                     return
                 self._catch_up()
             else:
@@ -96,27 +103,76 @@ class ObjectJournal(BaseJournalBackend):
 
     @staticmethod
     def _entry(place: RemotePath, content: bytes) -> list[dict[str, Any]]:
-        try:
-            return list(json.loads(content)["logs"])
-        except (ValueError, TypeError, LookupError) as error:
-            raise BlockCorruptError(
-                f"{place}: damaged or foreign ({error}). Expected an entry of a search. Delete "
-                f"{place.parent} to search anew: what its runs found is stored beside."
-            ) from error
+        return list(unseal(place, content)["logs"])
 
 
 class _FileJournal(JournalFileBackend):
-    """Reads once more what another process has not written to its end.
+    """Optuna's file with a checksum in every line, which its own programs take no notice of.
 
-    A line that is being appended can be seen in part, or as zeros; Optuna takes that for damage.
+    Reads once more what another process has not written to its end: a line that is being appended
+    can be seen in part, or as zeros, which Optuna takes for damage.
     """
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        with _explaining(place):
+            super().__init__(str(place))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Put lines at the end: all of them, or none if there is no space."""
+        with _explaining(self._place), get_lock_file(self._lock), self._place.open("r+b") as file:
+            # Nobody has read a line without its end, which a writer that died has left.
+            end = _end_of_lines(file)
+            file.truncate(end)
+            file.seek(end)
+            try:
+                file.write(b"".join(seal(log) + b"\n" for log in logs))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         """The log from a line on."""
         patient = Retrying(
-            retry=retry_if_exception_type(ValueError),
+            retry=retry_if_exception_type(BlockCorruptError),
             wait=wait_exponential(0.01, max=1),
             stop=stop_after_attempt(8),
             reraise=True,
         )
-        return iter(patient(lambda: list(super(_FileJournal, self).read_logs(log_number_from))))
+        return iter(patient(self._lines, log_number_from))
+
+    def _lines(self, first: int) -> list[dict[str, Any]]:
+        """The lines from a number on that have an end; Optuna would also pass over a bad last."""
+        known = max(number for number in self._log_number_offset if number <= first)
+        found: list[dict[str, Any]] = []
+        with self._place.open("rb") as file:
+            file.seek(self._log_number_offset[known])
+            for number, line in enumerate(file, start=known):
+                if not line.endswith(b"\n"):
+                    break
+                if number >= first:
+                    found.append(unseal_line(self._place, line))
+                self._log_number_offset[number + 1] = self._log_number_offset[number] + len(line)
+        return found
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Where the last line ends that has an end."""
+    place = file.seek(0, os.SEEK_END)
+    tail = b""
+    while place and b"\n" not in tail:
+        start = max(0, place - _TAIL_BYTES)
+        file.seek(start)
+        tail, place = file.read(place - start), start
+    return place + tail.rfind(b"\n") + 1
+
+
+@contextlib.contextmanager
+def _explaining(place: Path) -> Iterator[None]:
+    """Say what a failed write means to the user."""
+    try:
+        yield
+    except OSError as error:
+        explain(error, place, 0)

@@ -38,6 +38,7 @@ from raykernel.prepared import (
 from raykernel.problem.probe import fit_head
 from raykernel.regress import Regression, solve, split_ties, wanted_rows
 from raykernel.store.blocks import Store
+from raykernel.store.commit import require_writable
 from raykernel.store.grid import Cell
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import differences_text
@@ -305,6 +306,7 @@ def complete_cells(
     if not missing:
         screen.say(f"All {total} blocks are stored: computing 0 blocks.")
         return Completion(total, 0, 0.0, 0)
+    require_writable(handle.path)
     screen.say(f"{total - len(missing)} of {total} blocks are stored: computing {len(missing)}.")
     start, peak, halved, worked, predicted = time.monotonic(), 0, 0, 0.0, 0.0
     spec = worker_spec(prepared)

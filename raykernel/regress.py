@@ -26,6 +26,7 @@ from raykernel.config import RunConfig
 from raykernel.console import Screen
 from raykernel.jobs import run_jobs
 from raykernel.prepared import Prepared, example_labels, worker_spec
+from raykernel.store.commit import require_writable
 from raykernel.store.grid import Grid
 from raykernel.store.groups import halved_ties, select_groups
 from raykernel.store.kernels import KernelHandle
@@ -136,6 +137,7 @@ def predict(
     if not missing:
         screen.say(f"All {len(grid.test)} test examples are predicted: computing 0 predictions.")
         return 0, 0
+    require_writable(handle.path)
     spec = PredictionSpec(worker_spec(prepared), solution, np.ascontiguousarray(alpha))
     sizes = [len(grid.row_block(i)) for i in missing]
     name = "test predictions"

@@ -31,6 +31,7 @@ from raykernel.errors import (
     OutOfMemoryError,
     RaykernelError,
     WorkerLostError,
+    storage_full,
 )
 from raykernel.location import is_remote, location
 from raykernel.problem.adapter_config import with_adapter
@@ -353,6 +354,9 @@ class Runner:
             if self.shows:
                 show(command, outcome, screen)
         except Exception as error:
+            # Not of this run: there is none that could write down what it finds.
+            if full := storage_full(error):
+                raise full from error
             return failure(run, error)
         return Ended(run, RunStatus.ok, keys=keys)
 

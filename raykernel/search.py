@@ -106,7 +106,9 @@ class Search:
             retry_failed: try choices again that failed.
 
         Returns:
-            Numbers of the jobs that are left, a choice each; no number comes twice.
+            Numbers of the jobs that are left, a choice each. What was left is tried first, so that
+            a number under which something new is chosen comes once, and gives what it would have
+            given without an interruption.
         """
         study = self.open()
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -116,8 +118,7 @@ class Search:
         for trial in failed if retry_failed else ():
             study.enqueue_trial(trial.params, skip_if_exists=False)
         count = max(0, self.trials - len(settled) + len(failed) * retry_failed)
-        start = len(study.get_trials(deepcopy=False))
-        return range(start, start + count)
+        return range(len(settled), len(settled) + count)
 
     def ask(self, study: optuna.Study, slot: int) -> optuna.Trial:
         """The next choice; that of this slot whose process died, if there is one.

@@ -70,6 +70,7 @@ def selections(config: RunConfig, overrides: tuple[str, ...], screen: Screen) ->
     members = find_members(prepared, linears)
     _check_budget(config, members)
     store, paths = Store(config.store.path), [path for one in members for path in one.modules]
+    store.require_writable()
     with contextlib.closing(LateExecutor(config.compute, screen)) as executor:
         handle, completion = complete_train(prepared, screen, executor)
         measured = None

@@ -28,7 +28,7 @@ from raykernel.analysis.targets import one_hot
 from raykernel.changes import Change, change_columns, changes
 from raykernel.config import RunConfig, SpectrumConfig, canonical_json, require
 from raykernel.console import Screen
-from raykernel.errors import InputError, NotPositiveSemidefiniteError
+from raykernel.errors import InputError, NotPositiveSemidefiniteError, NotWritableError
 from raykernel.pipeline import Completion, complete_train
 from raykernel.prepared import Prepared, example_labels, prepare
 from raykernel.provenance import Meter
@@ -130,8 +130,11 @@ def spectra(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> Sp
         handle.has_pinned("projection"),
     )
     cost = meter.columns(completion.peak_memory_bytes)
-    for rows in result_rows(found, overrides):
-        store.write_results("spectra", [row | cost for row in rows])
+    try:
+        for rows in result_rows(found, overrides):
+            store.write_results("spectra", [row | cost for row in rows])
+    except NotWritableError as error:  # the kernel was stored: this is how somebody reads it
+        screen.note(f"{error} These spectra are shown and not kept.")
     return found
 
 

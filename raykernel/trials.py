@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from raykernel.jobs import LateExecutor
 from raykernel.location import StorePath
 from raykernel.prepared import Prepared, example_labels, prepare, problem_columns
 from raykernel.store.blocks import Store
+from raykernel.store.commit import discard
 from raykernel.store.trials import TrialFiles
 from raykernel.terms import Precision, Split
 from raykernel.training.spec import Point, Receipt, Result, ResultT, TrialSpec, Watch
@@ -147,7 +148,7 @@ def complete_trial(
     trial, store = fingerprint(identity), Store(config.store.path)
     files = store.trial(trial)
     stored = bool(store.rows("trials", trial=trial))
-    if stored and (missing := _missing(files, training, store.rows("twins", trial=trial))):
+    if stored and (missing := _missing(prepared, training, store, trial)):
         screen.say(f"The result is stored, its {missing} are not: training again.")
         stored = False
     if stored:
@@ -160,18 +161,32 @@ def complete_trial(
         row = _row(prepared, training, result, overrides)
         store.write_result("trials", {"trial": trial, **row, "identity": canonical_json(identity)})
     # Also that of a run that was killed after its result was written.
-    files.checkpoint.unlink(missing_ok=True)
+    discard(files.checkpoint)
     (row,) = store.rows("trials", trial=trial)
     return TrialOutcome(prepared, row, store.rows("curves", trial=trial), stored, files)
 
 
-def _missing(files: TrialFiles, training: TrainingConfig, twins: Sequence[object]) -> str:
-    """Parameters that are asked for and not there."""
+def _missing(prepared: Prepared, training: TrainingConfig, store: Store, trial: str) -> str:
+    """What is asked for and not there, such as a file that was damaged and removed."""
+    files = store.trial(trial)
+    if not store.rows("curves", trial=trial):
+        return "curve"
     if training.keep_weights and not files.weights.exists():
         return "parameters"
-    if training.twin and not twins and not files.last.exists():
+    if training.keep_weights and not prepared.encoded.label_ids and not files.head.exists():
+        return "parameters of the start"
+    if training.keep_weights and prepared.config.parameters.method.adds_adapter:
+        wanted = files.adapter / "adapter_model.safetensors", files.adapter / "adapter_config.json"
+        if not all(path.exists() for path in wanted):
+            return "adapter"
+    if training.twin and not has_twin(store, trial) and not files.last.exists():
         return "parameters of the last step"
     return ""
+
+
+def has_twin(store: Store, trial: str) -> bool:
+    """Whether the linear twin of a trial has ended, with all of its rows."""
+    return all(store.rows(table, trial=trial) for table in ("twins", "bounds"))
 
 
 def trial_identity(prepared: Prepared, training: TrainingConfig) -> dict[str, Json]:
@@ -318,7 +333,7 @@ def _steps_done(checkpoint: StorePath, screen: Screen) -> int:
         return 0
     except BlockCorruptError as error:
         screen.note(f"{error} It is dropped: training begins anew.")
-        checkpoint.unlink(missing_ok=True)
+        discard(checkpoint)
         return 0
     screen.say(f"Going on after step {done}.")
     return done

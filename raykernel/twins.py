@@ -22,6 +22,7 @@ from raykernel.console import Screen, duration
 from raykernel.jobs import LateExecutor
 from raykernel.prepared import prepare
 from raykernel.store.blocks import Store
+from raykernel.store.commit import discard
 from raykernel.terms import Split
 from raykernel.training.spec import Steepness, TwinResult, TwinSplit
 from raykernel.trials import (
@@ -29,6 +30,7 @@ from raykernel.trials import (
     check_pull,
     check_training,
     complete_trial,
+    has_twin,
     run_steps,
     show_trial,
     trial_spec,
@@ -66,15 +68,15 @@ def run_twin(config: RunConfig, overrides: tuple[str, ...], screen: Screen) -> T
     compute = dataclasses.replace(config.compute, workers=1)  # no more would have a job
     with contextlib.closing(LateExecutor(compute, screen)) as executor:
         outcome = complete_trial(prepared, overrides, executor, screen)
-        was_stored = bool(store.rows("twins", trial=outcome.trial))
+        was_stored = has_twin(store, outcome.trial)
         if not was_stored:
             complete_twin(outcome, overrides, executor, screen)
     files = outcome.files
     # Also those of a run that was killed after its result was written.
-    files.twin_checkpoint.unlink(missing_ok=True)
+    discard(files.twin_checkpoint)
     if not config.training.keep_weights:
-        files.last.unlink(missing_ok=True)
-        files.twin.unlink(missing_ok=True)
+        discard(files.last)
+        discard(files.twin)
     by_split = {row["split"]: row for row in store.rows("twins", trial=outcome.trial)}
     rows = [by_split[split.value] for split in Split]
     return TwinOutcome(outcome, rows, store.rows("bounds", trial=outcome.trial), was_stored)

@@ -169,6 +169,8 @@ def attempt(function: Callable[..., ResultT], *arguments: object) -> Success[Res
     except RaykernelError as error:
         return Failure(_known_class(error), str(error), "")
     except Exception as error:
+        if full := errors.storage_full(error):
+            return Failure(_known_class(full), str(full), "")
         trace = "".join(traceback.format_exception(error)).rstrip().splitlines()
         name, kind = type(error).__name__, OutOfMemoryError if is_out_of_memory(error) else RunError
         return Failure(

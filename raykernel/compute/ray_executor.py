@@ -13,6 +13,8 @@ import math
 import os
 import platform
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any, cast
@@ -165,21 +167,40 @@ def _start_cluster(compute: ComputeConfig) -> None:
     """
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        num_cpus=max(1, math.ceil(compute.workers * compute.num_cpus)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
+    with _keeping_signals():
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(compute.workers * compute.num_cpus)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+
+
+@contextlib.contextmanager
+def _keeping_signals() -> Iterator[None]:
+    """Leave SIGTERM to whoever had it: Ray takes it, and would exit without a word."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    ours = here and callable(before)
+    try:
+        yield
+    except SystemExit:
+        if ours and callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _join_cluster(address: str) -> None:
     """Join a running cluster; its authentication mode is the user's to set."""
     check_address(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _keeping_signals():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ray_errors.AuthenticationError as error:
         raise InputError(f"compute.address={address}: {error.__doc__} {TOKEN_HINT}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:

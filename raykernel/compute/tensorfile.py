@@ -20,7 +20,9 @@ from torch import Tensor
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
 from raykernel.location import StorePath, local_copy
+from raykernel.store.arrowfile import damage
 from raykernel.store.commit import commit_written
+from raykernel.store.sealed import check_tensors, write_sealed
 
 _FACTS = "raykernel"
 _DTYPES = {
@@ -46,23 +48,18 @@ def write_tensors(path: StorePath, tensors: Mapping[str, Tensor], facts: Mapping
     """
     # Wide numbers first, so that all of them are aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, Any] = {"__metadata__": {_FACTS: json.dumps(facts, sort_keys=True)}}
+    header: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         kind = _DTYPES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    texts = {_FACTS: json.dumps(facts, sort_keys=True), "format": "pt"}  # which PEFT asks for
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in ordered:
-                flat = tensor.detach().cpu().contiguous().flatten()
-                file.write(flat.view(torch.uint8).numpy().data)
+        write_sealed(temporary, header, texts, (_content(tensor) for _, tensor in ordered))
 
-    return commit_written(path, write, num_bytes=8 + len(text) + end)
+    return commit_written(path, write, num_bytes=len(json.dumps([header, texts])) + end)
 
 
 def read_tensors(path: StorePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,12 +71,13 @@ def read_tensors(path: StorePath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Returns:
         Tensors and facts.
     """
+    check_tensors(path)
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, _facts(file)  # noqa: SIM118
 
 
 def read_facts(path: StorePath) -> dict[str, Any]:
-    """The facts alone, without reading a tensor.
+    """The facts of a file that is whole; no tensor is kept in memory.
 
     Args:
         path: the file.
@@ -87,8 +85,14 @@ def read_facts(path: StorePath) -> dict[str, Any]:
     Returns:
         What `write_tensors` was given.
     """
+    check_tensors(path)
     with _opened(path) as file:
         return _facts(file)
+
+
+def _content(tensor: Tensor) -> Any:
+    """The bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _facts(file: Any) -> dict[str, Any]:
@@ -110,7 +114,4 @@ def _opened(path: StorePath) -> Iterator[Any]:
         with local_copy(path) as copy, safe_open(copy, framework="pt") as file:
             yield file
     except (SafetensorError, ValueError, LookupError) as error:
-        raise BlockCorruptError(
-            f"{path}: damaged or foreign ({str(error).strip()}). Expected a file that raykernel "
-            "wrote. Delete it, then run its configuration again."
-        ) from error
+        raise BlockCorruptError(damage(path, str(error).strip())) from error

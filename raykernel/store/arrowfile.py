@@ -83,7 +83,7 @@ def read(path: StorePath, *, check: bool) -> ArrowFile:
         header, text = _header(table.schema)
         if check:
             _require_whole(text, table)
-    _require_format(path, header)
+    require_format(path, header)
     return ArrowFile(header, table)
 
 
@@ -104,7 +104,7 @@ def read_header(path: StorePath) -> dict[str, Any]:
     opened = path.open() if isinstance(path, RemotePath) else pa.memory_map(str(path))
     with opened as source, _blaming(path):
         header, _ = _header(pa.ipc.open_file(source).schema)
-    _require_format(path, header)
+    require_format(path, header)
     return header
 
 
@@ -154,7 +154,16 @@ def _require_whole(text: bytes, table: pa.Table) -> None:
         raise ValueError(f"checksum {found}, expected {expected}")
 
 
-def _require_format(path: StorePath, header: dict[str, Any]) -> None:
+def require_format(path: StorePath, header: dict[str, Any]) -> None:
+    """Refuse a file of a newer format.
+
+    Args:
+        path: the file, for messages.
+        header: what it says of itself, its `format` among it.
+
+    Raises:
+        InputError: if a newer raykernel wrote it.
+    """
     if header["format"] > FORMAT:
         raise InputError(
             f"{path}: found format {header['format']}, expected at most {FORMAT}: a newer "

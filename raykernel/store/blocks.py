@@ -1,11 +1,13 @@
 """The store: one folder, here or in an object store, that holds kernels and results.
 
     <store.path>/
-      raykernel.json            marker: {"format": 1}
+      raykernel.json            marker: the format, 1
       kernels/<fingerprint>/    see kernels.py
       trials/<trial>/           see trials.py
       selections/<choice>/      adapter_config.json of a choice of layers
       results/<table>/          rows of all of these, see results.py
+      sweeps/<study>.journal    what a search has tried (journal.py)
+      trackers/                 files of other programs
 
 A folder of an object store is there as soon as something lies in it; where nothing else may, an
 object `.folder` stands for it.
@@ -16,7 +18,6 @@ empty one.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -35,15 +36,20 @@ from raykernel.location import (
     require_container,
 )
 from raykernel.store import arrowfile, manifest, results
-from raykernel.store.commit import commit, make_folder
+from raykernel.store.arrowfile import damage
+from raykernel.store.commit import commit, make_folder, require_writable
 from raykernel.store.grid import Grid
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.manifest import Manifest
+from raykernel.store.sealed import seal, unseal
+from raykernel.store.tables import TABLES
 from raykernel.store.trials import TrialFiles
 
 __all__ = ["KernelHandle", "Store", "open_store"]
 
 MARKER = "raykernel.json"
+FOLDERS = {"kernels", "trials", "selections", "results", "sweeps", "trackers"}
+"""What lies in a store beside its marker."""
 
 _known: set[StorePath] = set()
 """Remote stores that this process has looked at: every look is a request."""
@@ -226,6 +232,7 @@ class Store:
         self.create()
         files = self.trial(trial)
         make_folder(files.path)
+        require_writable(files.path)
         return files
 
     def trial(self, trial: str) -> TrialFiles:
@@ -272,11 +279,16 @@ class Store:
     def _kernels(self) -> StorePath:
         return self.path / "kernels"
 
+    def require_writable(self) -> None:
+        """Refuse a store that cannot be written to, before anything is computed for it."""
+        self.create()
+        require_writable(self.path)
+
     def create(self) -> None:
         """Make the folder a store; one that is there stays as it is."""
         make_folder(self.path)
         if not require_store(self.path):
-            commit(self.path / MARKER, json.dumps({"format": arrowfile.FORMAT}).encode())
+            write_marker(self.path)
 
 
 def open_store(path: str | StorePath) -> Store:
@@ -327,27 +339,39 @@ def require_store(path: StorePath) -> bool:
         raise InputError(
             f"{path}: found a file, expected a folder. Choose another store.path."
         ) from error
-    try:
-        found = int(json.loads(content)["format"])
-    except (ValueError, TypeError, LookupError) as error:
-        raise BlockCorruptError(
-            f'{marker}: damaged, expected {{"format": {arrowfile.FORMAT}}}. Write that into it.'
-        ) from error
-    if found > arrowfile.FORMAT:
-        raise InputError(
-            f"{path}: found a store of format {found}, expected at most {arrowfile.FORMAT}: a "
-            f"newer raykernel wrote it. Update raykernel, or choose another store.path."
-        )
+    tree = unseal(marker, content)
+    if not isinstance(tree.get("format"), int):
+        raise BlockCorruptError(damage(marker, "it names no format"))
+    arrowfile.require_format(marker, tree)
     if isinstance(path, RemotePath):
         _known.add(path)
     return True
 
 
+def write_marker(path: StorePath) -> None:
+    """Commit what says that a folder is a store of our format."""
+    commit(path / MARKER, seal({"format": arrowfile.FORMAT}))
+
+
+def is_unmarked(path: StorePath) -> bool:
+    """Whether a folder holds what a store does, and nothing else, but has lost its marker."""
+    if (path / MARKER).exists() or not _others(path) <= FOLDERS:
+        return False
+    begun = any(True for _ in (path / "kernels").glob(f"*/{manifest.NAME}"))
+    return begun or not TABLES.keys().isdisjoint(names(path / results.FOLDER))
+
+
+def _others(path: StorePath) -> set[str]:
+    """Names in a folder; hidden files, or a fresh volume's lost+found, leave it an empty one."""
+    return {name for name in names(path) if not name.startswith(".") and name != "lost+found"}
+
+
 def _require_empty(path: StorePath) -> None:
-    # A folder with nothing but hidden files, or a fresh volume's lost+found, is an empty one.
-    others = [name for name in names(path) if not name.startswith(".") and name != "lost+found"]
+    others = _others(path)
     # Another process may have made it a store, and written to it, since we looked.
     if others and not (path / MARKER).exists():
+        if is_unmarked(path):
+            raise BlockCorruptError(damage(path / MARKER, "missing from a store"))
         raise InputError(
             f"{path}: found a folder with other files ({', '.join(sorted(others)[:3])}) and no "
             f"{MARKER}, expected a store or an empty folder. Choose another store.path."

@@ -11,6 +11,7 @@ is there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -20,11 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from raykernel.errors import InputError, StorageFullError
+from raykernel.errors import FULL, NotWritableError, StorageFullError
 from raykernel.location import RemotePath, StorePath, keep_folder
 
 _SUFFIX = ".tmp"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 
 STALE_SECONDS = 3600.0
@@ -43,7 +43,7 @@ def commit_first(path: StorePath, payload: bytes | memoryview) -> int:
 
     Raises:
         StorageFullError: as `commit` does.
-        InputError: likewise.
+        NotWritableError: likewise.
         OSError: likewise.
     """
     if isinstance(path, RemotePath):
@@ -77,7 +77,7 @@ def commit(path: StorePath, payload: bytes | memoryview) -> int:
 
     Raises:
         StorageFullError: if the device or a quota is full; nothing half-written remains.
-        InputError: if the folder cannot be written to.
+        NotWritableError: if the folder cannot be written to.
         OSError: for any other failure of the device.
     """
     if isinstance(path, RemotePath):
@@ -103,23 +103,47 @@ def commit_written(path: StorePath, write: Callable[[Path], None], *, num_bytes:
 
     Raises:
         StorageFullError: as `commit` does.
-        InputError: likewise.
+        NotWritableError: likewise.
         OSError: likewise.
     """
     if isinstance(path, RemotePath):
         return _upload_written(path, write)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_SUFFIX}")
-    try:
-        write(temporary)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        written = temporary.stat().st_size
-        temporary.replace(path)
-    except OSError as error:
-        _explain(error, path, num_bytes)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only if something went wrong
+    for is_last in (False, True):
+        temporary = _temporary(path)
+        try:
+            write(temporary)
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            written = temporary.stat().st_size
+            temporary.replace(path)
+            break
+        except OSError as error:
+            # Somebody whose clock was set took it for one that was left behind.
+            if is_last or not isinstance(error, FileNotFoundError) or not path.parent.is_dir():
+                explain(error, path, num_bytes)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if something went wrong
     return written
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{_SUFFIX}")
+
+
+def require_writable(folder: StorePath) -> None:
+    """Refuse a folder that cannot be written to, before anything is computed for it.
+
+    Args:
+        folder: one that exists; of an object store the first write tells.
+    """
+    if isinstance(folder, RemotePath):
+        return
+    probe = _temporary(folder / "probe")
+    try:
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        explain(error, folder, 0)
 
 
 def _upload_written(path: RemotePath, write: Callable[[Path], None]) -> int:
@@ -128,6 +152,17 @@ def _upload_written(path: RemotePath, write: Callable[[Path], None]) -> int:
         write(copy)
         path.upload(copy)
         return copy.stat().st_size
+
+
+def discard(path: StorePath) -> None:
+    """Delete a file that nobody needs, if it is there and the device lets us.
+
+    Args:
+        path: the file.
+    """
+    # A device that is mounted read-only refuses also where there is nothing to delete.
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: StorePath) -> None:
@@ -162,10 +197,10 @@ def make_folder(path: StorePath, *, lasts: bool = False) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _explain(error, path, 0)
+        explain(error, path, 0)
 
 
-def _explain(error: OSError, path: Path, num_bytes: int) -> NoReturn:
+def explain(error: OSError, path: Path, num_bytes: int) -> NoReturn:
     """Raise what a failed write means to the user.
 
     Args:
@@ -175,16 +210,17 @@ def _explain(error: OSError, path: Path, num_bytes: int) -> NoReturn:
 
     Raises:
         StorageFullError: if there is no space.
-        InputError: if writing is not allowed there.
+        NotWritableError: if writing is not allowed there.
+        OSError: itself, if it is anything else.
     """
-    if error.errno in _FULL:
+    if error.errno in FULL:
         raise StorageFullError(
             f"{path}: no space left for {num_bytes:,} bytes ({error.strerror}); nothing "
             f"half-written remains. Free space or raise the quota, then run the same command "
             f"again: what is stored is not computed twice."
         ) from error
     if error.errno in _REFUSED:
-        raise InputError(
+        raise NotWritableError(
             f"{path}: cannot be written ({error.strerror}). Expected a folder that this user may "
             f"write to. Choose another with store.path=FOLDER, or change its permissions."
         ) from error
@@ -205,10 +241,27 @@ def stale_temporaries(
     """
     if isinstance(root, RemotePath):
         return
-    for path in sorted(root.rglob(f".*{_SUFFIX}")):
+    found = sorted(root.rglob(f".*{_SUFFIX}"))
+    now = _clock_of(root) if found else 0.0
+    for path in found:
         try:
-            age_seconds = time.time() - path.stat().st_mtime
+            age_seconds = now - path.stat().st_mtime
         except FileNotFoundError:  # renamed meanwhile: its writer is alive
             continue
-        if age_seconds > older_than_seconds:
+        # What is written now has a time close by: also one far ahead was left behind, by a clock
+        # that has been set back since.
+        if abs(age_seconds) > older_than_seconds:
             yield path
+
+
+def _clock_of(folder: Path) -> float:
+    """The time that a folder's device gives to files now; a file server has a clock of its own."""
+    probe = _temporary(folder / "clock")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # nothing can be written, and so nothing is being written
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

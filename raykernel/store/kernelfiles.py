@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from raykernel.store.blockfile import Block, Kernels, block_name, logits_name
 from raykernel.store.commit import commit_first
 from raykernel.store.grid import Cell, Grid
 from raykernel.store.manifest import Manifest
+from raykernel.store.sealed import seal, unseal
 
 PINNED = ("rates", "features", "precision", "projection", "lora")
 """What a kernel's first worker measures or counts, see `KernelFiles.pin`."""
@@ -216,7 +216,7 @@ class KernelFiles:
         assert name in PINNED, name
         path = self.path / f"{name}.json"
         if not path.exists():
-            commit_first(path, json.dumps(value, sort_keys=True).encode())
+            commit_first(path, seal(value))
         return self.read_pinned(name)
 
     # ------------------------------------------------------------ reading
@@ -233,16 +233,9 @@ class KernelFiles:
 
         Returns:
             The value.
-
-        Raises:
-            BlockCorruptError: if the file is damaged.
-            FileNotFoundError: if nothing is kept.
         """
         path = self.path / f"{name}.json"
-        try:
-            return dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise BlockCorruptError(arrowfile.damage(path, f"unreadable: {error}")) from error
+        return unseal(path, path.read_bytes())
 
     def read_head(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Weight (c, d) and bias (c,) in float32, or None if no head is stored."""

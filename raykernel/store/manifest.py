@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from raykernel.config import Json, differences, fingerprint, plain
 from raykernel.errors import BlockCorruptError, InputError, StoreMismatchError
@@ -12,6 +10,7 @@ from raykernel.location import StorePath
 from raykernel.store import arrowfile
 from raykernel.store.commit import commit
 from raykernel.store.grid import Grid
+from raykernel.store.sealed import seal, unseal
 
 NAME = "identity.json"
 _DTYPES = ("float32", "float64")
@@ -62,8 +61,8 @@ def write(folder: StorePath, manifest: Manifest) -> None:
     wanted = manifest.to_json()
     path = folder / NAME
     if not path.exists():  # two processes at once write the same bytes: harmless
-        commit(path, json.dumps(wanted, indent=1, sort_keys=True, ensure_ascii=False).encode())
-    found = read(folder).to_json()
+        commit(path, seal(wanted, indent=1))
+    found = _read(path).to_json()
     rows = differences(found, wanted)
     if rows:
         raise StoreMismatchError(
@@ -82,18 +81,21 @@ def read(folder: StorePath) -> Manifest:
         The manifest.
 
     Raises:
-        InputError: if a newer raykernel wrote it.
-        BlockCorruptError: if it is unreadable.
-        FileNotFoundError: if there is none.
+        BlockCorruptError: if it is damaged, or another kernel's.
     """
     path = folder / NAME
+    found = _read(path)
+    if found.fingerprint != folder.name:
+        reason = f"identity of kernel {found.fingerprint}"
+        raise BlockCorruptError(arrowfile.damage(path, reason))
+    return found
+
+
+def _read(path: StorePath) -> Manifest:
+    """A manifest, whatever its folder is called."""
+    tree = unseal(path, path.read_bytes())
     try:
-        tree: dict[str, Any] = json.loads(path.read_bytes())
-        if tree["format"] > arrowfile.FORMAT:
-            raise InputError(
-                f"{path}: found format {tree['format']}, expected at most {arrowfile.FORMAT}: a "
-                f"newer raykernel wrote it. Update raykernel, or choose another store.path."
-            )
+        arrowfile.require_format(path, tree)
         identity = dict(tree["identity"])
         return Manifest(identity, Grid(**tree["grid"]), tree["num_outputs"], tree["dtype"])
     except InputError:

@@ -9,7 +9,8 @@ which opens in a tenth of the time of a Parquet file; many are Parquet, which is
 Nothing is ever rewritten: a question answered again gets another file, of a later version, and the
 latest version of a key is its answer, wherever it lies. So writers need no lock, and neither do
 readers: what compaction deletes it has put into another file before, and a reader whose file is
-gone looks again. Versions are the writers' clocks.
+gone looks again. Versions are the writers' clocks; one that is behind what it finds takes the next
+number after that.
 
 Rows last as long as the folder that they are of: who removes `trials/<trial>` removes its result.
 Files written before a column existed read as null there.
@@ -23,7 +24,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -105,7 +106,8 @@ def write_results(root: StorePath, table: str, rows: Sequence[dict[str, Any]]) -
     with pa.ipc.new_file(sink, spec.schema) as writer:
         writer.write_table(arrow)
     content, folder = sink.getvalue(), table_folder(root, table)
-    path = folder / f"{key_of(table, first)}-{new_version()}-{_digest(content)}.arrow"
+    key = key_of(table, first)
+    path = folder / f"{key}-{new_version(_versions(folder, key))}-{_digest(content)}.arrow"
     make_folder(folder)
     make_folder(root / owner, lasts=bool(owner))
     commit(path, memoryview(content))
@@ -125,9 +127,26 @@ def key_of(table: str, row: dict[str, Any]) -> str:
     return fingerprint([row[name] for name in result_table(table).key])
 
 
-def new_version() -> str:
-    """A name that sorts after all earlier ones: nanoseconds, and chance against a tie."""
-    return f"{time.time_ns():016x}{uuid.uuid4().hex[:8]}"
+def new_version(earlier: Iterable[str] = ()) -> str:
+    """A name that sorts after all earlier ones: nanoseconds, and chance against a tie.
+
+    Clocks are set back, and those of two machines differ: what is there already counts, too.
+
+    Args:
+        earlier: versions that it has to sort after.
+
+    Returns:
+        The version.
+    """
+    last = max((int(version[:16], 16) for version in earlier), default=0)
+    return f"{max(time.time_ns(), last + 1):016x}{uuid.uuid4().hex[:8]}"
+
+
+def _versions(folder: StorePath, key: str) -> list[str]:
+    """Versions of a key's answers, and of compacted files, which are newer than all in them."""
+    answers = filter(None, map(_ANSWER.fullmatch, names(folder, key)))
+    merged = filter(None, map(_MERGED.fullmatch, names(folder / COMPACTED)))
+    return [*(found[2] for found in answers), *(found[1] for found in merged)]
 
 
 def table_folder(root: StorePath, table: str) -> StorePath:
@@ -353,7 +372,8 @@ def write_compacted(rows: pa.Table, folder: StorePath) -> None:
     pq.write_table(rows, sink, row_group_size=_ROWS_PER_GROUP, write_page_checksum=True)
     content = sink.getvalue()
     make_folder(folder)
-    commit(folder / f"{new_version()}-{_digest(content)}.parquet", memoryview(content))
+    version = new_version(rows[VERSION].to_pylist())
+    commit(folder / f"{version}-{_digest(content)}.parquet", memoryview(content))
     sync_folder(folder)  # before anything is deleted, also on a disk that loses power
 
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from raykernel.errors import BlockCorruptError, InputError
-from raykernel.location import StorePath, folders
+from raykernel.location import StorePath, folders, location, names, sizes
 from raykernel.store import manifest
 from raykernel.store.arrowfile import damage, read, read_header
 from raykernel.store.baselines import NAME as BASELINES
 from raykernel.store.baselines import check_baselines
 from raykernel.store.blockfile import Names
-from raykernel.store.blocks import Store, open_store
-from raykernel.store.commit import stale_temporaries
+from raykernel.store.blocks import FOLDERS, MARKER, Store, open_store, write_marker
+from raykernel.store.commit import explain, stale_temporaries
 from raykernel.store.kernelfiles import PINNED
 from raykernel.store.kernels import KernelHandle
 from raykernel.store.linearized import read_linearized
 from raykernel.store.predictions import read_prediction, solution_of
 from raykernel.store.results import COMPACTED, FOLDER, is_result, read_file, rescue
+from raykernel.store.sealed import beside, check_beside, check_tensors, unseal_line
 from raykernel.store.tables import TABLES, ResultTable
 from raykernel.store.trials import checksum
 
+_UNKNOWN = "no file of a store; move it elsewhere"
+_WITH_A_BLOCK = {"head.arrow", *(f"{name}.json" for name in PINNED)} - {"rates.json"}
+"""What a worker makes before it computes a block, and only then."""
 _BLOCK = re.compile(r"block-(\d{4,})-(\d{4,})\.arrow")
 _LOGITS = re.compile(r"logits-(\d{4,})\.arrow")
 _LINEARIZED = re.compile(r"linearized-(\d{4,})\.arrow")
@@ -92,19 +96,31 @@ def verify(path: str | StorePath, *, remove: bool = False) -> VerifyReport:
     Returns:
         The report.
     """
-    store = open_store(path)
-    num_files = 0
+    root = location(path)
     bad: list[BadFile] = []
+    try:
+        store = open_store(root)
+    except BlockCorruptError as error:
+        bad.append(BadFile(root / MARKER, _reason(error, root / MARKER), remove))
+        if not remove:
+            return VerifyReport(0, 0, 1, tuple(bad), (), 0)
+        write_marker(root)  # it says nothing else than the format, which we know
+        store = open_store(root)
+    num_files = 1
     kernels, trials, choices = (
         folders(store.path / name) for name in ("kernels", "trials", "selections")
     )
     tables = [store.path / FOLDER / name for name in TABLES]
     results = [folder for name in tables for folder in (name, name / COMPACTED) if folder.is_dir()]
+    sweeps = store.path / "sweeps"
+    searches = [sweeps, *(one for one in folders(sweeps) if one.suffix == ".journal")]
+    adapters = [store.trial(folder.name).adapter for folder in trials]
     checks = {
         **dict.fromkeys(kernels, _problems),
         **dict.fromkeys(trials, _trial_problems),
-        **dict.fromkeys(choices, _choice_problems),
+        **dict.fromkeys([*choices, *(one for one in adapters if one.is_dir())], _adapter_problems),
         **dict.fromkeys(results, _result_problems),
+        **dict.fromkeys([one for one in searches if one.is_dir()], _journal_problems),
     }
     for folder, problems in checks.items():
         files = sorted(
@@ -117,13 +133,21 @@ def verify(path: str | StorePath, *, remove: bool = False) -> VerifyReport:
             if remove and replaceable:
                 if folder in results:
                     rescue(file, _table_of(folder))
-                file.unlink(missing_ok=True)
+                _delete(file)
             bad.append(BadFile(file, reason, remove and replaceable))
+    bad += [BadFile(file, _UNKNOWN, False) for file in _strays(store.path)]
     leftovers = tuple(stale_temporaries(store.path))
     for leftover in leftovers if remove else ():
-        leftover.unlink(missing_ok=True)
+        _delete(leftover)
     missing = _num_missing(store)
     return VerifyReport(len(kernels), len(trials), num_files, tuple(bad), leftovers, missing)
+
+
+def _delete(file: StorePath) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:  # of a folder: an object store raises what it means itself
+        explain(error, Path(str(file)), 0)
 
 
 def _problems(
@@ -134,10 +158,6 @@ def _problems(
         return
     try:
         stored = manifest.read(folder)
-        if stored.fingerprint != folder.name:
-            raise BlockCorruptError(
-                damage(folder / manifest.NAME, f"identity of kernel {stored.fingerprint}")
-            )
     except FileNotFoundError:
         yield folder / manifest.NAME, "missing, so that the other files cannot be checked", False
         return
@@ -146,15 +166,20 @@ def _problems(
         return
     handle = KernelHandle(folder, stored)
     names_by_file: dict[StorePath, Names] = {}
+    again: list[str] = []
     for file in files:
         try:
-            names = _check(handle, file)
+            own = _check(handle, file)
         except InputError as error:
             yield file, _reason(error, file), _damaged(error)
+            if file.name in _WITH_A_BLOCK and _damaged(error):
+                again.append(file.name)
         else:
-            if names is not None:
-                names_by_file[file] = names
+            if own is not None:
+                names_by_file[file] = own
     yield from _odd_groups(names_by_file)
+    for file in sorted(names_by_file)[:1] if again else ():
+        yield file, f"whole, but {', '.join(again)} is made again with a block", True
 
 
 def _check(handle: KernelHandle, file: StorePath) -> Names | None:
@@ -200,7 +225,7 @@ def _check_other(handle: KernelHandle, file: StorePath) -> None:
     elif file.suffix == ".json" and file.stem in PINNED:
         handle.read_pinned(file.stem)
     elif file.name != manifest.NAME:
-        raise InputError("no file of a store; move it elsewhere")
+        raise InputError(_UNKNOWN)
 
 
 def _trial_problems(
@@ -208,7 +233,7 @@ def _trial_problems(
 ) -> Iterator[tuple[StorePath, str, bool]]:
     """Bad files of one fine-tuning run, as `_problems` names them."""
     of_trial = store.trial(folder.name)
-    known = (of_trial.checkpoint, of_trial.head, of_trial.adapter, of_trial.twin_checkpoint)
+    known = (of_trial.checkpoint, of_trial.head, of_trial.twin_checkpoint)
     summed = {
         of_trial.weights: ("trials", "weights_checksum"),
         of_trial.last: ("twins", "last_checksum"),
@@ -216,27 +241,70 @@ def _trial_problems(
     }
     for file in files:
         try:
+            if file not in (*known, *summed):
+                raise InputError(_UNKNOWN)
+            check_tensors(file)
             if file in summed:
                 _check_weights(store, folder.name, file, *summed[file])
-            elif file not in known:
-                raise InputError("no file of a store; move it elsewhere")
+        except FileNotFoundError:  # of a run that has just ended
+            continue
         except InputError as error:
             yield file, _reason(error, file), _damaged(error)
 
 
-def _choice_problems(
+def _adapter_problems(
     store: Store, folder: StorePath, files: list[StorePath]
 ) -> Iterator[tuple[StorePath, str, bool]]:
-    """Bad files of a choice of layers, as `_problems` names them."""
-    del store, folder
+    """Bad files of an adapter, trained or a choice of layers, as `_problems` names them."""
+    del store
+    config = folder / "adapter_config.json"
     for file in files:
         try:
-            if file.name == "adapter_config.json":
-                _check_json(file)
-            else:
-                raise InputError("no file of a store; move it elsewhere")
+            if file == config:
+                check_beside(file)
+            elif file.name == "adapter_model.safetensors":
+                check_tensors(file)
+            elif file != beside(config):
+                raise InputError(_UNKNOWN)
+        except FileNotFoundError:  # of a run that has just ended
+            continue
         except InputError as error:
             yield file, _reason(error, file), _damaged(error)
+
+
+def _journal_problems(
+    store: Store, folder: StorePath, files: list[StorePath]
+) -> Iterator[tuple[StorePath, str, bool]]:
+    """Bad journals, as `_problems` names them; in an object store one is a folder of entries."""
+    reasons: dict[StorePath, str] = {}
+    is_entry = folder.parent == store.path / "sweeps"
+    for file in files:
+        if file.name.endswith(".journal.lock"):
+            continue
+        if file.suffix != (".json" if is_entry else ".journal"):
+            yield file, _UNKNOWN, False
+            continue
+        content = file.read_bytes()
+        try:
+            # What follows the last line end is being written, or was when its writer died.
+            for line in [content] if is_entry else content.split(b"\n")[:-1]:
+                unseal_line(file, line)
+        except InputError as error:
+            reasons[file] = _reason(error, file)
+    # Entries are numbered: without one of them, the others say something else.
+    for file in files if is_entry and reasons else reasons:
+        yield file, reasons.get(file, "of a journal with a damaged entry"), True
+
+
+def _strays(root: StorePath) -> Iterator[StorePath]:
+    """What lies between the folders of a store and is none of its files."""
+    above = (root, *(root / name for name in ("kernels", "trials", "selections", FOLDER)))
+    files = (folder / name for folder in above for name in sizes(folder))
+    others = (root / name for name in names(root) if name not in FOLDERS)
+    unknown = (root / FOLDER / name for name in names(root / FOLDER) if name not in TABLES)
+    for path in sorted({*files, *others, *unknown}):
+        if not path.name.startswith(".") and path.name not in (MARKER, "lost+found"):
+            yield path
 
 
 def _result_problems(
@@ -248,7 +316,7 @@ def _result_problems(
     for file in files:
         try:
             if not is_result(file):
-                raise InputError("no file of a store; move it elsewhere")
+                raise InputError(_UNKNOWN)
             read_file(file, spec)
         except FileNotFoundError:  # compacted meanwhile
             continue
@@ -258,13 +326,6 @@ def _result_problems(
 
 def _table_of(folder: StorePath) -> ResultTable:
     return TABLES[folder.parent.name if folder.name == COMPACTED else folder.name]
-
-
-def _check_json(file: StorePath) -> None:
-    try:
-        json.loads(file.read_bytes())
-    except ValueError as error:
-        raise BlockCorruptError(damage(file, str(error))) from error
 
 
 def _check_weights(store: Store, trial: str, file: StorePath, table: str, column: str) -> None:
@@ -283,9 +344,9 @@ def _odd_groups(names_by_file: dict[StorePath, Names]) -> Iterator[tuple[StorePa
     if len(counts) < 2:
         return
     usual, _ = counts.most_common(1)[0]
-    for file, names in names_by_file.items():
-        if tuple(names) != usual:
-            reason = f"{len(names)} rows, other layer groups than most blocks ({len(usual)} rows)"
+    for file, own in names_by_file.items():
+        if tuple(own) != usual:
+            reason = f"{len(own)} rows, other layer groups than most blocks ({len(usual)} rows)"
             yield file, reason, True
 
 

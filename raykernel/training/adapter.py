@@ -10,19 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from raykernel.compute.tensorfile import write_tensors
 from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.location import StorePath
 from raykernel.names import ends_in
 from raykernel.ntk.adapters import lora_scale
+from raykernel.problem.adapter_config import FILE
 from raykernel.problem.parameters import layer_index
 from raykernel.problem.readout import Probed
 from raykernel.problem.skeleton import blank_model
-from raykernel.store.commit import commit, make_folder
+from raykernel.store.commit import make_folder
+from raykernel.store.sealed import commit_beside
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -54,12 +55,12 @@ def write_adapter(
     # A linear head is put around the encoder, which is the model that PEFT will be given.
     prefix = "model." if isinstance(module, Probed) else ""
     tensors = {
-        "base_model.model." + _OWN.sub(r".\1", name.removeprefix(prefix)): _saved(value)
+        "base_model.model." + _OWN.sub(r".\1", name.removeprefix(prefix)): value
         for name, value in values.items()
         if _OWN.search(name)
     }
     make_folder(folder)
-    commit(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", tensors, {})
     _commit_config(folder, _config(module, parameters, prefix), model=model, is_trained=True)
 
 
@@ -156,8 +157,4 @@ def _commit_config(
     config.inference_mode = is_trained  # a trained one is loaded for inference
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
-        commit(folder / "adapter_config.json", (Path(scratch) / "adapter_config.json").read_bytes())
-
-
-def _saved(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        commit_beside(folder / FILE, (Path(scratch) / FILE).read_bytes())

@@ -9,6 +9,8 @@ to the same bits.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 
@@ -53,8 +55,7 @@ class Trial:
             batch_size=self._pass,
             compute=spec.compute,
         )
-        if spec.files.checkpoint.exists():
-            self._trainer.resume(*read_tensors(spec.files.checkpoint))
+        resume(self._trainer, spec.files.checkpoint)
         self._result: Result | None = None
 
     def train(self, until: int) -> Receipt[Result]:
@@ -99,6 +100,17 @@ class Trial:
             weights_checksum=weights,
             peak_memory_bytes=process.peak_bytes(spec.compute.device),
         )
+
+
+def resume(trainer: Trainer, checkpoint: StorePath) -> None:
+    """Go on from a checkpoint, if there is one: another driver may end the run at any time.
+
+    Args:
+        trainer: a trial at its start.
+        checkpoint: the file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        trainer.resume(*read_tensors(checkpoint))
 
 
 def advance(trainer: Trainer, until: int, checkpoint: StorePath) -> tuple[Point, ...]:

@@ -42,7 +42,7 @@ from raykernel.training.spec import (
     TwinResult,
     TwinSplit,
 )
-from raykernel.training.trial import advance, load_start, split_examples
+from raykernel.training.trial import advance, load_start, resume, split_examples
 
 _ADAPTER = "default"
 """PEFT's name of the only adapter."""
@@ -76,8 +76,7 @@ class Twin:
             batch_size=self._pass,
             compute=spec.compute,
         )
-        if spec.files.twin_checkpoint.exists():
-            self._trainer.resume(*read_tensors(spec.files.twin_checkpoint))
+        resume(self._trainer, spec.files.twin_checkpoint)
         self._result: TwinResult | None = None
 
     def train(self, until: int) -> Receipt[TwinResult]:

@@ -26,6 +26,7 @@ from raykernel.report.heatmaps import module_in_layer
 from raykernel.report.ink import PALETTE, inline_svgs, to_svg
 from raykernel.report.tables import cell
 from raykernel.report.write import all_charts, report
+from raykernel.store.blocks import Store
 from raykernel.store.query import query
 from raykernel.store.results import TABLES
 from raykernel.study import Arm, Study
@@ -357,8 +358,7 @@ def test_the_command_prints_the_page(made, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_reported_is_said(made, arguments, message, capsys):
-    (made.folder / "empty").mkdir(exist_ok=True)
-    (made.folder / "empty" / "raykernel.json").write_text(json.dumps({"format": 1}))
+    Store(made.folder / "empty").create()
     given = arguments if "--store" in arguments else [*arguments, "--store", "store"]
     assert main(["report", *given]) == 2
     assert message in capsys.readouterr().err

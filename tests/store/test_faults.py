@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -23,6 +22,7 @@ from raykernel.store import arrowfile
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.commit import commit
 from raykernel.store.grid import Grid
+from raykernel.store.sealed import seal, unseal
 from raykernel.store.verify import verify
 from tests.store import stores
 
@@ -137,7 +137,7 @@ def test_a_newer_format_is_refused_and_not_removed(tmp_path: Path) -> None:
 def test_newer_stores_and_manifests_are_refused(tmp_path: Path, name: str) -> None:
     handle = stores.begin(tmp_path)
     path = tmp_path / name if name == "raykernel.json" else handle.path / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    path.write_bytes(seal({**unseal(path, path.read_bytes()), "format": 2}))
     with pytest.raises(InputError, match="newer raykernel"):
         Store(tmp_path).open()
 

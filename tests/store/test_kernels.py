@@ -14,6 +14,7 @@ from raykernel.config import fingerprint
 from raykernel.errors import InputError, KernelIncompleteError, StoreMismatchError
 from raykernel.store.blocks import Store, open_store
 from raykernel.store.grid import Grid
+from raykernel.store.sealed import seal, unseal
 from tests.store import stores
 
 
@@ -175,9 +176,9 @@ def test_begin_twice_continues(tmp_path: Path) -> None:
 def test_another_kernel_in_the_folder_is_shown_field_by_field(tmp_path: Path) -> None:
     handle = stores.begin(tmp_path)
     path = handle.path / "identity.json"
-    tree = json.loads(path.read_text())
+    tree = unseal(path, path.read_bytes())
     tree["identity"]["task"]["k"] = 64
-    path.write_text(json.dumps(tree))
+    path.write_bytes(seal(tree))
     with pytest.raises(StoreMismatchError, match=r"identity.task.k: found 64, expected 16"):
         stores.begin(tmp_path)
     with pytest.raises(StoreMismatchError, match=r"grid.block_size: found 2, expected 3"):

@@ -324,7 +324,7 @@ def test_missing_and_empty_stores_have_nothing_to_say(tmp_path: Path) -> None:
         query("SELECT 1", tmp_path / "none")
     with pytest.raises(InputError, match="found no store"):
         query("SELECT 1", tmp_path)
-    (tmp_path / "raykernel.json").write_text('{"format": 1}')
+    Store(tmp_path).create()
     with pytest.raises(InputError, match="empty store"):
         query("SELECT 1", tmp_path)
 

@@ -287,7 +287,8 @@ def test_requests_grow_with_what_is_read_and_written(place: RemotePath, server: 
     assert requests(lambda: handle.read_block(cell)) == 0
     store = Store(place)
     write = partial(store.write_result, "trials")
-    assert requests(lambda: write({"trial": "t", "lam": 1.0})) == 2
+    # Two write it, the others look for a version that it has to sort after.
+    assert requests(lambda: write({"trial": "t", "lam": 1.0})) <= 5
     for number in range(20):
         write({"trial": f"t{number}", "lam": 1.0})
     ask = partial(query, "select count(*) from trials", place)
