@@ -24,6 +24,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from raykernel.errors import BlockCorruptError
+from raykernel.jsontext import json_object
 from raykernel.location import RemotePath, StorePath, fetch
 
 _AT_ONCE = 128
@@ -97,7 +98,10 @@ class ObjectJournal(BaseJournalBackend):
     @staticmethod
     def _entry(place: RemotePath, content: bytes) -> list[dict[str, Any]]:
         try:
-            return list(json.loads(content)["logs"])
+            logs = json_object(content)["logs"]
+            if not isinstance(logs, list) or not all(isinstance(log, dict) for log in logs):
+                raise TypeError("logs that are no objects")
+            return logs
         except (ValueError, TypeError, LookupError) as error:
             raise BlockCorruptError(
                 f"{place}: damaged or foreign ({error}). Expected an entry of a search. Delete "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.jsontext import json_object
 from raykernel.location import StorePath, local_copy
 from raykernel.store.commit import commit_written
 
@@ -92,7 +93,7 @@ def read_facts(path: StorePath) -> dict[str, Any]:
 
 
 def _facts(file: Any) -> dict[str, Any]:
-    return dict(json.loads((file.metadata() or {})[_FACTS]))
+    return json_object((file.metadata() or {})[_FACTS])
 
 
 @contextmanager

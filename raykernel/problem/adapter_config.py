@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from raykernel.config import ParametersConfig, canonical_json
 from raykernel.errors import InputError
+from raykernel.jsontext import json_object
 from raykernel.location import is_remote, location
 
 FILE = "adapter_config.json"
@@ -47,13 +47,13 @@ def _content(adapter: str) -> dict[str, Any]:
                 f"{FILE} or a folder that has one. Change it."
             ) from error
     try:
-        found = json.loads(text)
+        found = json_object(text)
     except ValueError as error:
         raise InputError(
             f"parameters.adapter: {adapter} is no JSON ({error}), expected an {FILE} as PEFT "
             "saves it. Save it again."
         ) from error
-    if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+    if not isinstance(found.get("peft_type"), str):
         raise InputError(
             f"parameters.adapter: {adapter} has no peft_type, expected an {FILE} as PEFT saves "
             "it, such as {peft_type: IA3, target_modules: [...]}. Add it."

@@ -6,7 +6,6 @@ a tokenizer and safetensors; everything behind this module sees only that folder
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from raykernel.config import Json, ModelConfig, canonical_json
 from raykernel.errors import InputError, nearest
+from raykernel.jsontext import json_object
 from raykernel.problem.gguf import content_digest, dequantized
 from raykernel.problem.hub import (
     PICKLES,
@@ -227,10 +227,9 @@ def config_json(model: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         InputError: if it is not a JSON object.
     """
-    text = (checkpoint.folder / "config.json").read_text(encoding="utf-8")
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        return json_object((checkpoint.folder / "config.json").read_bytes())
+    except ValueError as error:
         raise InputError(
             f"model.name: config.json of {model.name!r} is no JSON object ({error}), expected the "
             "file that `save_pretrained` writes. Save or download the model again."

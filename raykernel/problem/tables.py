@@ -6,7 +6,6 @@ written there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from raykernel.errors import InputError, nearest
+from raykernel.jsontext import json_value
 
 Columns = dict[str, list[object]]
 
@@ -99,9 +99,9 @@ def read_json(path: Path, wanted: Sequence[str]) -> Columns:
     # Python's reader, because Arrow's turns text that looks like a date into a timestamp.
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        objects = json.loads(text)
+        objects = json_value(text)
     else:
-        objects = [json.loads(line) for line in text.split("\n") if line.strip()]
+        objects = [json_value(line) for line in text.split("\n") if line.strip()]
     for index, item in enumerate(objects):
         if not isinstance(item, dict):
             raise InputError(f"{path}: found {item!r:.60} as row {index}, expected a JSON object.")

@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from raykernel.config import Json, differences, fingerprint, plain
 from raykernel.errors import BlockCorruptError, InputError, nearest
+from raykernel.jsontext import json_object
 from raykernel.location import (
     RemotePath,
     StorePath,
@@ -328,8 +329,8 @@ def require_store(path: StorePath) -> bool:
             f"{path}: found a file, expected a folder. Choose another store.path."
         ) from error
     try:
-        found = int(json.loads(content)["format"])
-    except (ValueError, TypeError, LookupError) as error:
+        found = int(json_object(content)["format"])
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise BlockCorruptError(
             f'{marker}: damaged, expected {{"format": {arrowfile.FORMAT}}}. Write that into it.'
         ) from error

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.jsontext import json_object
 from raykernel.location import RemotePath, StorePath, names
 from raykernel.store import arrowfile, blockfile
 from raykernel.store.arrowfile import ArrowFile
@@ -240,8 +241,8 @@ class KernelFiles:
         """
         path = self.path / f"{name}.json"
         try:
-            return dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
+            return json_object(path.read_bytes())
+        except ValueError as error:
             raise BlockCorruptError(arrowfile.damage(path, f"unreadable: {error}")) from error
 
     def read_head(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -250,7 +251,10 @@ class KernelFiles:
             table = self._read("head.arrow").table
         except FileNotFoundError:
             return None
-        weight, bias = arrowfile.values(table["weight"]), arrowfile.values(table["bias"])
+        with arrowfile.blaming(self.path / "head.arrow"):
+            weight, bias = (arrowfile.matrix(table[name], "f4") for name in ("weight", "bias"))
+            if bias.shape != (len(weight), 1):
+                raise ValueError(f"bias of shape {bias.shape}")
         return weight.copy(), bias[:, 0].copy()
 
     def read_block(self, cell: Cell) -> Block:
@@ -273,7 +277,8 @@ class KernelFiles:
             raise BlockCorruptError(
                 arrowfile.damage(self.path / name, f"columns {columns} of another cell")
             )
-        block = blockfile.from_table(table)
+        with arrowfile.blaming(self.path / name):
+            block = blockfile.from_table(table)
         if block.values.shape[1:] != self._shape(cell) or block.values.dtype != self.manifest.dtype:
             found = f"{block.values.dtype} {block.values.shape[1:]}"
             raise BlockCorruptError(
@@ -318,9 +323,8 @@ class KernelFiles:
         """
         rows = self.grid.row_block(i)
         header, table = self.read_own(name, i, rows)
-        if column not in table.column_names:
-            raise BlockCorruptError(arrowfile.damage(self.path / name, f"no column `{column}`"))
-        values: np.ndarray = arrowfile.values(table[column])
+        with arrowfile.blaming(self.path / name):
+            values = arrowfile.matrix(table[column], "f8")
         if values.shape != (len(rows), self.num_outputs):
             raise BlockCorruptError(arrowfile.damage(self.path / name, f"shape {values.shape}"))
         return header, values

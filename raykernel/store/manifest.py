@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, astuple, dataclass
 
 from raykernel.config import Json, differences, fingerprint, plain
 from raykernel.errors import BlockCorruptError, InputError, StoreMismatchError
+from raykernel.jsontext import json_object
 from raykernel.location import StorePath
 from raykernel.store import arrowfile
 from raykernel.store.commit import commit
@@ -29,6 +29,9 @@ class Manifest:
     """Of the stored blocks: float32 or float64."""
 
     def __post_init__(self) -> None:
+        sizes = (*astuple(self.grid), self.num_outputs)
+        if any(type(size) is not int for size in sizes):  # 1.0 and true are as large as 1
+            raise TypeError(f"found sizes {sizes}, expected whole numbers")
         if self.num_outputs < 1 or self.dtype not in _DTYPES:
             raise ValueError(f"found {self.num_outputs} outputs of {self.dtype!r}: {_DTYPES}")
 
@@ -88,8 +91,8 @@ def read(folder: StorePath) -> Manifest:
     """
     path = folder / NAME
     try:
-        tree: dict[str, Any] = json.loads(path.read_bytes())
-        if tree["format"] > arrowfile.FORMAT:
+        tree = json_object(path.read_bytes())
+        if int(tree["format"]) > arrowfile.FORMAT:
             raise InputError(
                 f"{path}: found format {tree['format']}, expected at most {arrowfile.FORMAT}: a "
                 f"newer raykernel wrote it. Update raykernel, or choose another store.path."
@@ -98,7 +101,7 @@ def read(folder: StorePath) -> Manifest:
         return Manifest(identity, Grid(**tree["grid"]), tree["num_outputs"], tree["dtype"])
     except InputError:
         raise
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise BlockCorruptError(arrowfile.damage(path, f"unreadable manifest: {error}")) from error
 
 

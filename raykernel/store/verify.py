@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raykernel.errors import BlockCorruptError, InputError
+from raykernel.jsontext import json_object
 from raykernel.location import StorePath, folders
 from raykernel.store import manifest
 from raykernel.store.arrowfile import damage, read, read_header
@@ -262,7 +262,7 @@ def _table_of(folder: StorePath) -> ResultTable:
 
 def _check_json(file: StorePath) -> None:
     try:
-        json.loads(file.read_bytes())
+        json_object(file.read_bytes())
     except ValueError as error:
         raise BlockCorruptError(damage(file, str(error))) from error
 
