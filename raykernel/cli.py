@@ -111,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted. What is finished is kept: the same command goes on.", file=sys.stderr)
         return 130
     except RaykernelError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        from raykernel.console import visible
+
+        print(f"Error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
 
 

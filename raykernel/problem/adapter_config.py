@@ -16,6 +16,13 @@ FILE = "adapter_config.json"
 _NOT_OF_THE_METHOD = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 """Settings that say where an adapter was used, not what it is."""
 
+_REACHING = (
+    "adapters", "corda_config", "lora_ga_config", "megatron_config", "shadow_model",
+    "prompt_tuning_init_state_dict_path", "tokenizer_name_or_path", "tokenizer_kwargs",
+)  # fmt: skip
+"""Settings by which PEFT imports modules, or reads and writes files, that the configuration names:
+pickles among them."""
+
 
 def with_adapter(parameters: ParametersConfig) -> ParametersConfig:
     """The same with the content of an adapter's configuration in place of its file.
@@ -57,5 +64,11 @@ def _content(adapter: str) -> dict[str, Any]:
         raise InputError(
             f"parameters.adapter: {adapter} has no peft_type, expected an {FILE} as PEFT saves "
             "it, such as {peft_type: IA3, target_modules: [...]}. Add it."
+        )
+    if reaching := [name for name in _REACHING if found.get(name)]:
+        raise InputError(
+            f"parameters.adapter: {adapter} sets {', '.join(reaching)}, with which PEFT loads code "
+            "or files that it names, expected an adapter that is made of its settings alone. Take "
+            "it out."
         )
     return {k: v for k, v in found.items() if k not in _NOT_OF_THE_METHOD and v is not None}
