@@ -1,12 +1,12 @@
-"""Any task file, template, override or adapter of a user's: a value, or our words of what is wrong."""
+"""Any task file, template, override or adapter: a value, or our words of what is wrong."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +23,6 @@ from raykernel.problem.skeleton import blank_model
 from raykernel.problem.tasks import load_data
 from raykernel.problem.templates import PieceKind, parse
 from raykernel.terms import Architecture, Method
-from tests import tiny
 from tests.fuzz.readers import EFFORT, JSON, ODD_JSON, damaged, fuzz, json_like
 
 # ---------------------------------------------------------------- task files
@@ -35,7 +34,8 @@ CELLS = st.sampled_from(
      pa.array([b"\xff", b"b"]), pa.array([["a"], None]), pa.array([{"x": 1}, None]),
      pa.array(["b", "a"]).dictionary_encode(), pa.array([2**62, -1], pa.timestamp("s")),
      pa.array([2**31 - 1, -(2**31)], pa.date32()), pa.array([True, False]),
-     pa.array([2**63 - 1, 0], pa.duration("ns")), pa.array([b"\xff\xfe", b""]).cast(pa.large_binary()),
+     pa.array([2**63 - 1, 0], pa.duration("ns")),
+     pa.array([b"\xff\xfe", b""], pa.large_binary()),
      pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 1, 2)),
                                             pa.py_buffer(b"\xff\xfe")])]
 )  # fmt: skip
@@ -143,8 +143,9 @@ def test_templates_are_pieces_or_refused(effort: int):
 KEYS = st.sampled_from([*schema_keys(RunConfig), "task", "model", "prompt", "experiment", "x"])
 VALUES = st.sampled_from(
     ["1", "-1", "null", "[]", "[a", "{a: 1}", "{}", "${x}", "${oc.env:NOT_SET}", "${task}", "nan",
-     "inf", "1e999", "'", '"', "a,b", "choice(1,2)", "range(1,3)", "interval(0,1)", "sort(", "???",
-     "../../x", "/etc/passwd", "true", "\\", "$", "@", "roberta_base", "file", "none", "ray", "[[[["]
+     "inf", "1e999", "'", '"', "a,b", "choice(1,2)", "range(1,3)", "interval(0,1)", "sort(",
+     "???", "../../x", "/etc/passwd", "true", "\\", "$", "@", "roberta_base", "file", "none", "ray",
+     "[[[["]
 )  # fmt: skip
 
 
@@ -185,13 +186,15 @@ ADAPTER = {
 
 @EFFORT
 def test_adapter_configs_are_parameters_or_refused(model: Path, tmp_path: Path, effort: int):
-    chosen = ModelConfig(name=str(model), architecture=Architecture.masked_lm)
+    blank = blank_model(
+        ModelConfig(name=str(model), architecture=Architecture.masked_lm), has_prompt=True
+    )
     path = tmp_path / "adapter_config.json"
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
         parameters = with_adapter(ParametersConfig(method=Method.peft, adapter=str(path)))
-        select_parameters(blank_model(chosen, has_prompt=True), parameters)
+        select_parameters(copy.deepcopy(blank), parameters)
 
     fuzz(json_like(ADAPTER), check, effort=effort, folder=tmp_path / "none", examples=30)
 
@@ -218,10 +221,3 @@ def test_gguf_files_are_converted_or_refused(tmp_path: Path, monkeypatch, effort
         assert not any(path.is_dir() for path in tmp_path.glob("cache/gguf/*"))
 
     fuzz(damaged(GGUF), check, effort=effort, examples=8)
-
-
-def nested(depth: int) -> Any:
-    found: Any = 0
-    for _ in range(depth):
-        found = [found]
-    return found

@@ -264,7 +264,7 @@ def test_journals_are_read_or_refused(tmp_path: Path, kind: str, effort: int):
 
 @EFFORT
 def test_verify_and_queries_survive_any_damage(store: Path, effort: int):
-    """`verify` ends with a report and removes nothing unasked; queries name what they cannot read."""
+    """`verify` ends with a report and removes nothing unasked; tables name what is unreadable."""
     files = sorted(path for path in store.rglob("*") if path.is_file())
     contents = [path.read_bytes() for path in files]
 
