@@ -46,7 +46,8 @@ def visible(text: str) -> str:
     """Text that a terminal only shows.
 
     A label, a file name or an error may hold what moves the cursor, recolours the screen, sets
-    its title or reverses what is read; such characters are spelt out (`\\x1b`).
+    its title or reverses what is read; such characters are spelt out as
+    Python spells them.
 
     Args:
         text: from wherever.

@@ -1,4 +1,4 @@
-"""What the code never does, whatever it is given: found in its syntax, so that no path is missed."""
+"""What the code never does, whatever it is given: found in its syntax, so no path is missed."""
 
 from __future__ import annotations
 

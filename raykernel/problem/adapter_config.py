@@ -42,12 +42,12 @@ def with_adapter(parameters: ParametersConfig) -> ParametersConfig:
 
 
 def _content(adapter: str) -> dict[str, Any]:
-    text = adapter
+    text: str | bytes = adapter
     if not adapter.lstrip().startswith("{"):
         path = location(adapter) if is_remote(adapter) else Path(adapter)
         path = path / FILE if path.is_dir() else path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes()
         except OSError as error:
             raise InputError(
                 f"parameters.adapter: could not read {path} ({error.strerror}), expected an "

@@ -276,6 +276,7 @@ def read_file(path: StorePath, spec: ResultTable, content: bytes | None = None) 
             with pq.ParquetFile(pa.BufferReader(content)) as file:
                 return _in_schema(file.read(), spec.schema)
         rows = pa.ipc.open_file(content).read_all()
+        rows.validate(full=True)
         for name, own in zip((KEY, VERSION), answer.groups(), strict=False):
             rows = rows.append_column(name, pa.repeat(own, rows.num_rows))
         return _in_schema(rows, spec.schema)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raykernel.errors import RaykernelError
@@ -56,7 +56,6 @@ def fuzz(
         derandomize=effort == 1,
         database=None,
         deadline=None,
-        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     @given(inputs)

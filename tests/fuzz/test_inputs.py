@@ -135,7 +135,7 @@ def test_templates_are_pieces_or_refused(effort: int):
         assert all(piece.render(["text"]) is not None for piece in pieces)
 
     inputs = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
-    fuzz(inputs, check, effort=effort, examples=300)
+    fuzz(inputs, check, effort=effort, examples=150)
 
 
 # ---------------------------------------------------------------- overrides
@@ -160,7 +160,7 @@ def test_overrides_are_configurations_or_refused(here: Path, effort: int):
         assert isinstance(config, RunConfig)
 
     fuzz(st.lists(spelt | st.text(min_size=1, max_size=9), max_size=3), check, effort=effort,
-         folder=here, examples=25)  # fmt: skip
+         folder=here, examples=12)  # fmt: skip
 
 
 @EFFORT
@@ -172,7 +172,7 @@ def test_command_lines_are_configurations_or_refused(here: Path, effort: int):
     def check(arguments: list[str]) -> None:
         assert all(isinstance(run.config, RunConfig) for run in compose_runs("kernel", arguments))
 
-    fuzz(st.lists(spelt | text, max_size=2), check, effort=effort, folder=here, examples=8)
+    fuzz(st.lists(spelt | text, max_size=2), check, effort=effort, folder=here, examples=4)
 
 
 # ---------------------------------------------------------------- adapters and models
@@ -196,7 +196,7 @@ def test_adapter_configs_are_parameters_or_refused(model: Path, tmp_path: Path, 
         parameters = with_adapter(ParametersConfig(method=Method.peft, adapter=str(path)))
         select_parameters(copy.deepcopy(blank), parameters)
 
-    fuzz(json_like(ADAPTER), check, effort=effort, folder=tmp_path / "none", examples=30)
+    fuzz(json_like(ADAPTER), check, effort=effort, folder=tmp_path / "none", examples=20)
 
 
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 2)

@@ -282,4 +282,9 @@ def test_verify_and_queries_survive_any_damage(store: Path, effort: int):
             files[number].write_bytes(contents[number])
 
     pick = st.integers(0, len(files) - 1)
-    fuzz(pick.flatmap(lambda n: st.tuples(st.just(n), damaged(contents[n]))), check, effort=effort)
+    fuzz(
+        pick.flatmap(lambda n: st.tuples(st.just(n), damaged(contents[n]))),
+        check,
+        effort=effort,
+        examples=15,
+    )

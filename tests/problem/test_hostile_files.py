@@ -108,7 +108,7 @@ def test_a_pickle_for_a_head_is_refused(tmp_path: Path, name: str, payload: byte
 def test_pickled_tasks_are_refused(tmp_path: Path, name: str, payload: bytes, mark: Path):
     (tmp_path / name).write_bytes(payload)
     task = TaskConfig(train=str(tmp_path / name), text=["review"], label="rating")
-    with pytest.raises(InputError, match="expected one of .csv"):
+    with pytest.raises(InputError, match=r"expected one of \.csv"):
         read_rows(task)
     assert not mark.exists()
 
@@ -216,7 +216,7 @@ def test_no_setting_of_peft_that_looks_like_a_path_is_forgotten():
         for field in dataclasses.fields(config)
         if re.search(r"path|file|cache|repo|dir$|kwargs|^adapters$|_model$|_core$", field.name)
     }
-    # The base's name is left out of what is kept; the module is imported with megatron_config alone.
+    # The base's name is not kept, and the module is imported with megatron_config alone.
     assert names <= {*_REACHING, "base_model_name_or_path", "megatron_core"}
 
 
