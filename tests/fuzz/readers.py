@@ -20,7 +20,7 @@ from raykernel.errors import RaykernelError
 
 QUICK = 40
 EFFORT = pytest.mark.parametrize(
-    "effort", [1, pytest.param(50, marks=pytest.mark.slow)], ids=["quick", "long"]
+    "effort", [1, pytest.param(20, marks=pytest.mark.slow)], ids=["quick", "long"]
 )
 """Times as many examples: the same ones every time, or under `-m slow` others every time."""
 
