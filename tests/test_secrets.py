@@ -112,8 +112,8 @@ def test_stores_of_commands_are_refused_so_too(text: str, capsys):
 
 @pytest.mark.parametrize(
     "text",
-    ["s3://bucket/lab", "abfs://container@account.dfs.core.windows.net/lab", "a@b.c",
-     "/home/me@x/y", "See https://example.org/@name for more", "{review} http://x.y It was {label}"],
+    ["s3://bucket/lab", "abfs://container@account.dfs.core.windows.net/lab", "a@b.c", "/me@x/y",
+     "See https://example.org/@name for more", "{review} http://x.y It was {label}"],
 )  # fmt: skip
 def test_what_looks_like_an_address_is_none(text: str):
     assert not has_credentials(text)
