@@ -75,7 +75,7 @@ KEYS = ["store.path", "model.name", "task.train", "task.data_dir", "task.hub", "
         "parameters.adapter", "task.text"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "address"), zip(KEYS, ADDRESSES * 2, strict=True))
+@pytest.mark.parametrize(("key", "address"), list(zip(KEYS, ADDRESSES * 2, strict=True)))
 def test_addresses_with_credentials_are_refused_unseen_and_unstored(here, capsys, key, address):
     """Before anything is written: not even the failure of a run keeps them."""
     value = f'["{address}"]' if key == "task.text" else f'"{address}"'
