@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = storage_full(error) or error
             if not isinstance(shown, RaykernelError):
                 raise
-            print(f"Error: {shown}", file=sys.stderr)
+            from raykernel.console import visible
+
+            print(f"Error: {visible(str(shown))}", file=sys.stderr)
             return shown.exit_code
 
 

@@ -30,7 +30,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import (
     ConfigCompositionException,
-    HydraException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -114,6 +113,9 @@ def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
 
     Returns:
         The resolved configuration.
+
+    Raises:
+        InputError: if an override is wrong.
     """
     check_spelling(list(arguments))
     quoted = [quote_null_prompt(argument) for argument in arguments]
@@ -128,7 +130,9 @@ def compose_point(command: str, arguments: Sequence[str]) -> ComposedRun:
             if key not in choices:
                 OmegaConf.update(config, key, override.value(), merge=True)
         return ComposedRun(typed(config), tuple(quoted))
-    except (HydraException, OmegaConfBaseException):
+    except InputError:
+        raise
+    except Exception:  # only Hydra runs here, and it raises many types
         (run,) = compose_runs(command, list(arguments))  # which says what is wrong
         return run
 

@@ -16,9 +16,11 @@ import json
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from raykernel.errors import InputError
+from raykernel.location import has_credentials
 from raykernel.terms import (
     Architecture,
     CandidateUnit,
@@ -153,6 +155,10 @@ class TaskConfig:
         require(self.test_limit >= 1, "task.test_limit", self.test_limit, "at least 1")
         require(self.max_length >= 4, "task.max_length", self.max_length, "at least 4 tokens")
         require(0 < self.test_fraction < 1, "task.test_fraction", self.test_fraction, "0 to 1")
+        _require_inside("task.lmbff_folder", self.lmbff_folder)
+        _require_inside("task.lmbff_test", self.lmbff_test)
+        for name in (*self.packaged_train, self.packaged_test):
+            _require_inside("task.packaged_train, task.packaged_test", name)
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,9 @@ class ModelConfig:
     """Run Python code that comes with the checkpoint. Only for repositories you trust."""
     allow_pickle: bool = False
     """Also load `pytorch_model.bin`, which can run code; false takes safetensors only."""
+
+    def __post_init__(self) -> None:
+        _require_inside("model.gguf_file", self.gguf_file)
 
 
 @dataclass(frozen=True)
@@ -881,6 +890,7 @@ class RunConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
 
     def __post_init__(self) -> None:
+        _require_no_credentials(plain(self))
         mixed = self.kernel.projection.method is Projection.intrinsic_dimension
         for key, chosen in (
             ("solver.groups", self.solver.groups),
@@ -933,6 +943,32 @@ def require(holds: bool, key: str, found: object, expected: str) -> None:
     """
     if not holds:
         raise InputError(f"{key}: found {found!r}, expected {expected}.")
+
+
+def _require_inside(key: str, name: str | None) -> None:
+    """Refuse the name of a file that leads out of the folder it is looked for in."""
+    kinds = () if name is None else (PurePosixPath(name), PureWindowsPath(name))
+    require(
+        not any(path.anchor or ".." in path.parts for path in kinds),
+        key,
+        name,
+        "a name inside its folder: neither an absolute one nor one with ..",
+    )
+
+
+def _require_no_credentials(value: Json, path: str = "") -> None:
+    """Refuse passwords and tokens in addresses: a configuration is shown and stored."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _require_no_credentials(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_no_credentials(inner, path)
+    elif isinstance(value, str) and has_credentials(value):
+        raise InputError(  # which does not repeat it
+            f"{path}: found an address with credentials or settings in it, expected one without: "
+            "configurations are shown and stored. Credentials come from the environment."
+        )
 
 
 def plain(value: object) -> Json:

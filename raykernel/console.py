@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,14 +35,48 @@ LINE_SECONDS = 10.0
 """Piped output gets a progress line at most this often."""
 
 
+_ACTING = [
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),
+    0x061C, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A),
+]  # fmt: skip
+_SPELT = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _ACTING}
+
+
+def visible(text: str) -> str:
+    """Text that a terminal only shows.
+
+    A label, a file name or an error may hold what moves the cursor, recolours the screen, sets
+    its title or reverses what is read; such characters are spelt out as
+    Python spells them.
+
+    Args:
+        text: from wherever.
+
+    Returns:
+        The same without control characters but line ends and tabs, and without those that turn the
+        direction of writing.
+    """
+    return text.translate(_SPELT)
+
+
+class _PlainConsole(Console):
+    """A console on which text is text: neither rich's markup nor the terminal's own codes."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; styles come from rich's own objects alone."""
+        shown = (visible(one) if isinstance(one, str) else one for one in objects)
+        super().print(*shown, **{"markup": False, **options})
+
+
 class Screen:
     """Standard output for results, standard error for progress and messages."""
 
     def __init__(self) -> None:
-        self.out = Console(highlight=False, soft_wrap=True)
+        self.out = _PlainConsole(highlight=False, soft_wrap=True)
         if not self.out.is_terminal:
             self.out.width = PIPED_WIDTH
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.err = _PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print one message to standard error."""
@@ -62,7 +97,7 @@ class Screen:
             self.say(text + " ...")
             yield
             return
-        with self.err.status(text):
+        with self.err.status(escape(visible(text))):
             yield
 
     @contextlib.contextmanager
@@ -83,7 +118,8 @@ class Screen:
         with contextlib.ExitStack() as opened:
             if self.err.is_terminal:
                 bar = opened.enter_context(self.bar())
-                show: Callable[[int], None] = partial(bar.advance, bar.add_task(text, total=total))
+                task = bar.add_task(escape(visible(text)), total=total)
+                show: Callable[[int], None] = partial(bar.advance, task)
             else:
                 show = PlainProgress(text, total, self.say).advance
 
@@ -115,20 +151,21 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print a table to standard output, cells as they are; plain where it is piped."""
-        table = Table(title=escape(title) or None, title_justify="left")
+        table = Table(title=escape(visible(title)) or None, title_justify="left")
         for number, column in enumerate(columns):
             numeric = rows and all(is_number(row[number]) for row in rows)
             # A long value goes on in the next line: cut short it could not be copied.
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            justify: Any = "right" if numeric else "left"
+            table.add_column(Text(visible(column)), justify=justify, overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))  # `[sgd]` is no markup
+            table.add_row(*(Text(visible(cell)) for cell in row))  # `[sgd]` is no markup
         self.out.print(table)
 
     def facts(self, rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print names and values, one pair a line."""
-        table = Table(title=escape(title) or None, title_justify="left", show_header=False)
+        table = Table(title=escape(visible(title)) or None, title_justify="left", show_header=False)
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         self.out.print(table)
 
 

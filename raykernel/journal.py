@@ -28,6 +28,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from raykernel.errors import BlockCorruptError
 from raykernel.location import RemotePath, StorePath, fetch
+from raykernel.store.arrowfile import damage
 from raykernel.store.commit import explain, make_folder
 from raykernel.store.sealed import seal, unseal, unseal_line
 
@@ -103,7 +104,10 @@ class ObjectJournal(BaseJournalBackend):
 
     @staticmethod
     def _entry(place: RemotePath, content: bytes) -> list[dict[str, Any]]:
-        return list(unseal(place, content)["logs"])
+        logs = unseal(place, content).get("logs")
+        if not isinstance(logs, list) or not all(isinstance(log, dict) for log in logs):
+            raise BlockCorruptError(damage(place, "logs that are no objects"))
+        return logs
 
 
 class _FileJournal(JournalFileBackend):

@@ -27,6 +27,7 @@ import contextlib
 import errno
 import fnmatch
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs":
 """Extra of the package that a protocol needs."""
 _WHOLE: dict[str, dict[str, Any]] = {"s3": {"max_concurrency": 1}, "s3a": {"max_concurrency": 1}}
 """How a file is read by one request, without one for its size before."""
+_USER = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]*)://(?P<user>[^/\s@]+)@")
+_CONTAINERS = {"abfs", "abfss", "az", "adl"}
+"""Protocols of which a name and @ stand before the host: a container."""
 _NO_CREDENTIALS = ("credential", "token", "authentication", "unauthorized")
 """In the names of what libraries raise without or with wrong ones."""
 
@@ -233,6 +237,23 @@ def is_remote(text: str) -> bool:
     return _MARK in text and not text.startswith(("file://", "local://"))
 
 
+def has_credentials(text: str) -> bool:
+    """Whether a text has an address in it with a user or a password before the host.
+
+    Azure's `CONTAINER@ACCOUNT` is none: there no secret stands.
+
+    Args:
+        text: any.
+
+    Returns:
+        Whether it should be neither stored nor shown.
+    """
+    return any(
+        ":" in found["user"] or found["protocol"].lower() not in _CONTAINERS
+        for found in _USER.finditer(text)
+    )
+
+
 def location(address: str | Path | RemotePath) -> StorePath:
     """The place that an address names.
 
@@ -252,9 +273,9 @@ def location(address: str | Path | RemotePath) -> StorePath:
         local = text.partition(_MARK)[2] or text
         return Path(local).expanduser().absolute()
     protocol, _, key = text.partition(_MARK)
-    container = key.partition("/")[0]
-    if "?" in key or "#" in key or ":" in container.rpartition("@")[0]:
+    if "?" in key or "#" in key or "::" in text or has_credentials(text):
         # Without the rest, which may be a secret.
+        protocol = protocol.rpartition(":")[2]
         raise InputError(
             f"store.path: found an address with credentials or settings in it, expected "
             f"{protocol}://BUCKET/NAME alone. Credentials come from the environment."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.text import Text
+
 from raykernel.console import Screen, counted, duration
 from raykernel.runs import Ended, Run
 from raykernel.terms import RunStatus
@@ -41,7 +43,7 @@ class Tally:
             self._screen.note(note)
         if ended.printed:
             self._screen.say(f"\n[{self._ended}/{self._total}] {ended.run.point.text}")
-            self._screen.out.print(ended.printed, markup=False, end="")
+            self._screen.out.print(Text(ended.printed), end="")  # made by a screen already
         if ended.status is RunStatus.failed:
             self._failed += 1
             before = ", before" if ended.was_stored else ""

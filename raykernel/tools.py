@@ -179,6 +179,7 @@ def write_rows(rows: pa.Table, fmt: str | None, output: str | None) -> None:
     Raises:
         InputError: if Parquet would go to a terminal.
     """
+    from raykernel.console import visible
     from raykernel.store.commit import commit
     from raykernel.store.format import format_bytes, format_table
 
@@ -187,7 +188,8 @@ def write_rows(rows: pa.Table, fmt: str | None, output: str | None) -> None:
         commit(Path(output).absolute(), format_bytes(rows, chosen))
         print(f"{rows.num_rows} rows in {output}", file=sys.stderr)
     elif chosen.is_text:
-        print(format_table(rows, chosen), end="")
+        text = format_table(rows, chosen)
+        print(visible(text) if sys.stdout.isatty() else text, end="")
     elif sys.stdout.isatty():
         raise InputError(
             "--format parquet: found a terminal, expected a file. Add --output FILE.parquet, or "
@@ -266,13 +268,15 @@ def compact_parser() -> argparse.ArgumentParser:
 def tool_compact(arguments: list[str]) -> int:
     """`raykernel compact`."""
     options = compact_parser().parse_args(arguments)
+    from raykernel.console import visible
     from raykernel.store.compaction import compact
 
     done = compact(store_path(options.store))
     for table in done:
         print(f"{table.table}: {table.num_rows} rows in 1 file instead of {table.num_files}")
         for path in table.damaged:
-            print(f"  {path}: damaged, left alone; see `raykernel verify`", file=sys.stderr)
+            left = f"  {path}: damaged, left alone; see `raykernel verify`"
+            print(visible(left), file=sys.stderr)
     if not done:
         print("Every table is compact.")
     return 0
@@ -295,10 +299,11 @@ def verify_parser() -> argparse.ArgumentParser:
 def tool_verify(arguments: list[str]) -> int:
     """`raykernel verify`."""
     options = verify_parser().parse_args(arguments)
+    from raykernel.console import visible
     from raykernel.store.verify import verify
 
     report = verify(store_path(options.store), remove=options.remove)
-    print(report.text())
+    print(visible(report.text()))
     return 0 if report.ok else 1
 
 

@@ -7,6 +7,7 @@ import gzip
 import pytest
 
 from raykernel.cli import main
+from raykernel.location import has_credentials
 from raykernel.store.blocks import Store
 from raykernel.store.tables import TABLES
 from tests import tiny
@@ -60,3 +61,59 @@ def test_no_file_of_a_run_a_study_a_failure_or_a_report_has_a_secret(secrets, mo
     texts += [gzip.decompress(text) for text in texts if text[:2] == b"\x1f\x8b"]
     for secret in secrets:
         assert not [text for text in texts if secret.encode() in text]
+
+
+ADDRESSES = [
+    "https://hf_hush0123@huggingface.co/org/name",
+    "https://user:hush0123@host/org/name",
+    "s3://KEY:hush0123@bucket/name",
+    "S3://hush0123@bucket",
+]
+
+
+KEYS = ["store.path", "model.name", "task.train", "task.data_dir", "task.hub", "compute.address",
+        "parameters.adapter", "task.text"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "address"), list(zip(KEYS, ADDRESSES * 2, strict=True)))
+def test_addresses_with_credentials_are_refused_unseen_and_unstored(here, capsys, key, address):
+    """Before anything is written: not even the failure of a run keeps them."""
+    value = f'["{address}"]' if key == "task.text" else f'"{address}"'
+    more = ["parameters=peft"] if key == "parameters.adapter" else []
+    before = sorted(here.rglob("*"))
+    assert main(["kernel", *tiny.overrides("model"), *more, f"{key}={value}"]) == 2
+    read = capsys.readouterr()
+    assert "hush0123" not in read.out + read.err
+    assert "with credentials" in read.err
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_study_does_not_store_them_either(here, model, capsys):
+    (here / "sweeps").mkdir()
+    (here / "sweeps" / "kept.py").write_text(STUDY)
+    arguments = tiny.overrides(model, task__k="2", model__name=f'"{ADDRESSES[0]}"')
+    assert main(["sweep", "kept", *arguments]) == 2
+    read = capsys.readouterr()
+    assert "hush0123" not in read.out + read.err
+    assert not [path for path in here.rglob("*") if b"hush0123" in _content(path)]
+
+
+def _content(path):
+    return path.read_bytes() if path.is_file() else b""
+
+
+@pytest.mark.parametrize("text", ["s3://hush0123@lab", "zip://a.zip::s3://KEY:hush0123@lab/x",
+                                  "simplecache::s3://KEY:hush0123@lab/x"])  # fmt: skip
+def test_stores_of_commands_are_refused_so_too(text: str, capsys):
+    assert main(["verify", "--store", text]) == 2
+    read = capsys.readouterr()
+    assert "hush0123" not in read.out + read.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://bucket/lab", "abfs://container@account.dfs.core.windows.net/lab", "a@b.c", "/me@x/y",
+     "See https://example.org/@name for more", "{review} http://x.y It was {label}"],
+)  # fmt: skip
+def test_what_looks_like_an_address_is_none(text: str):
+    assert not has_credentials(text)

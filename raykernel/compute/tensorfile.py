@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.jsontext import json_object
 from raykernel.location import StorePath, local_copy
 from raykernel.store.arrowfile import damage
 from raykernel.store.commit import commit_written
@@ -96,7 +97,7 @@ def _content(tensor: Tensor) -> Any:
 
 
 def _facts(file: Any) -> dict[str, Any]:
-    return dict(json.loads((file.metadata() or {})[_FACTS]))
+    return json_object((file.metadata() or {})[_FACTS])
 
 
 @contextmanager

@@ -6,7 +6,7 @@ a tokenizer and safetensors; everything behind this module sees only that folder
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from raykernel.config import Json, ModelConfig, canonical_json
 from raykernel.errors import InputError, nearest
+from raykernel.jsontext import json_object
 from raykernel.problem.gguf import content_digest, dequantized
 from raykernel.problem.hub import (
     PICKLES,
@@ -227,10 +228,9 @@ def config_json(model: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         InputError: if it is not a JSON object.
     """
-    text = (checkpoint.folder / "config.json").read_text(encoding="utf-8")
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        return json_object((checkpoint.folder / "config.json").read_bytes())
+    except ValueError as error:
         raise InputError(
             f"model.name: config.json of {model.name!r} is no JSON object ({error}), expected the "
             "file that `save_pretrained` writes. Save or download the model again."
@@ -281,7 +281,13 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _check_files(folder: Path, model: ModelConfig) -> None:
-    """Config and weights are there, in a format that is allowed."""
+    """Config and weights are there, in a format that is allowed, and nothing else is loaded."""
+    if (folder / "adapter_config.json").is_file():
+        # transformers would add it, and what it adds is in no identity.
+        raise InputError(
+            f"model.name: found an adapter in {model.name!r} (adapter_config.json), expected a "
+            "plain model. Merge it with PEFT's `merge_and_unload` and save that, or remove it."
+        )
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "no files"
         hint = "Set model.gguf_file." if any(folder.glob("*.gguf")) else "Check model.name."
@@ -290,8 +296,10 @@ def _check_files(folder: Path, model: ModelConfig) -> None:
             f"model folder as `save_pretrained` writes it. {hint}"
         )
     if has_any(folder, SAFETENSORS):
+        _check_shards(folder, *SAFETENSORS, model)
         return
     if has_any(folder, PICKLES) and model.allow_pickle:
+        _check_shards(folder, *PICKLES, model)
         return
     has_pickle = has_any(folder, PICKLES) or not model.allow_pickle
     hint = (
@@ -304,3 +312,24 @@ def _check_files(folder: Path, model: ModelConfig) -> None:
         f"model.name: found no model.safetensors in {model.name!r}, expected weights in that "
         f"format. {hint}"
     )
+
+
+def _check_shards(folder: Path, whole: str, index: str, model: ModelConfig) -> None:
+    """The files that an index names lie beside it, under the names that make the identity."""
+    if (folder / whole).is_file():
+        return
+    start, ending = Path(whole).stem, Path(whole).suffix
+    try:
+        shards = set(json_object((folder / index).read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"model.name: {index} of {model.name!r} cannot be read ({error}), expected the file "
+            "that `save_pretrained` writes. Save or download the model again."
+        ) from error
+    for shard in sorted(shards, key=str):
+        if not isinstance(shard, str) or not re.fullmatch(rf"{start}[\w.-]*{ending}", shard):
+            raise InputError(
+                f"model.name: {index} of {model.name!r} names the file {shard!r}, expected one "
+                f"beside it that is called {start}…{ending}. Save the model again with "
+                "`save_pretrained`."
+            )

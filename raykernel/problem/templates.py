@@ -170,7 +170,8 @@ def parse_stars(template: str, columns: Sequence[str]) -> list[Piece]:
         if part in special:
             pieces.append(special[part])
         elif sentence:
-            column = int(sentence["column"])
+            digits = sentence["column"]
+            column = int(digits) if len(digits) < 10 else len(columns)
             if column >= len(columns):
                 raise InputError(
                     f"prompt.template={template!r}: found *{part}*, expected a text number below "

@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError, InputError
+from raykernel.jsontext import json_object
 from raykernel.location import RemotePath, StorePath, local_copy
 from raykernel.store.commit import commit
 
@@ -78,7 +79,7 @@ def read(path: StorePath, *, check: bool) -> ArrowFile:
         FileNotFoundError: if it is absent.
     """
     # Closing the source frees its descriptor; the buffers keep the map alive.
-    with local_copy(path) as file, pa.memory_map(str(file)) as source, _blaming(path):
+    with local_copy(path) as file, pa.memory_map(str(file)) as source, blaming(path):
         table = pa.ipc.open_file(source).read_all()
         header, text = _header(table.schema)
         if check:
@@ -102,7 +103,7 @@ def read_header(path: StorePath) -> dict[str, Any]:
     """
     # Of a remote file only this part is fetched.
     opened = path.open() if isinstance(path, RemotePath) else pa.memory_map(str(path))
-    with opened as source, _blaming(path):
+    with opened as source, blaming(path):
         header, _ = _header(pa.ipc.open_file(source).schema)
     require_format(path, header)
     return header
@@ -114,6 +115,27 @@ def values(column: pa.ChunkedArray) -> Any:
     if isinstance(array, pa.FixedShapeTensorArray):
         return array.to_numpy_ndarray()
     return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
+
+
+def matrix(column: pa.ChunkedArray, dtype: str) -> Shaped[np.ndarray, "n d"]:
+    """A column that `lists` made, or an error where it is another.
+
+    Args:
+        column: of a file that somebody else may have written.
+        dtype: of its numbers.
+
+    Returns:
+        A row per list, read-only.
+
+    Raises:
+        TypeError: if it has other values, or lacks some.
+    """
+    if not pa.types.is_fixed_size_list(column.type) or column.null_count:
+        raise TypeError(f"a column of {column.type}")
+    found: np.ndarray = values(column)
+    if found.dtype != dtype:
+        raise TypeError(f"numbers of {found.dtype}")
+    return found
 
 
 def lists(matrix: Shaped[np.ndarray, "n d"], dtype: str) -> pa.FixedSizeListArray:
@@ -131,8 +153,18 @@ def damage(path: StorePath, reason: str) -> str:
 
 
 @contextmanager
-def _blaming(path: StorePath) -> Iterator[None]:
-    """Whatever goes wrong between opening a file and comparing its checksum is its damage."""
+def blaming(path: StorePath) -> Iterator[None]:
+    """Whatever goes wrong between opening a file and using its values is its damage.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BlockCorruptError: instead of what was raised.
+    """
     try:
         yield
     except _UNREADABLE as error:
@@ -141,8 +173,8 @@ def _blaming(path: StorePath) -> Iterator[None]:
 
 def _header(schema: pa.Schema) -> tuple[dict[str, Any], bytes]:
     text: bytes = (schema.metadata or {}).get(_HEADER, b"null")
-    header = json.loads(text)
-    if not isinstance(header, dict) or not isinstance(header.get("format"), int):
+    header = json_object(text)
+    if not isinstance(header.get("format"), int):
         raise TypeError("no raykernel header")
     return header, text
 

@@ -92,8 +92,23 @@ def to_table(kernels: Kernels, shape: tuple[int, ...], dtype: str) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> Block:
-    """The block that a table holds; values are not copied."""
-    names = list(zip(table["kind"].to_pylist(), table["group"].to_pylist(), strict=True))
+    """The block that a table holds; values are not copied.
+
+    Args:
+        table: of a file that somebody else may have written.
+
+    Returns:
+        The block.
+
+    Raises:
+        TypeError: if the table has other columns.
+    """
+    of_rows = [table["kind"], table["group"]]
+    if any(column.type != pa.string() or column.null_count for column in of_rows):
+        raise TypeError("kinds and groups that are no texts")
+    if not isinstance(table["block"].type, pa.FixedShapeTensorType) or table["block"].null_count:
+        raise TypeError(f"blocks of type {table['block'].type}")
+    names = list(zip(*(column.to_pylist() for column in of_rows), strict=True))
     return Block(names, arrowfile.values(table["block"]))
 
 

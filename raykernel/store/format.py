@@ -15,6 +15,8 @@ from pyarrow import csv
 from rich.console import Console
 from rich.table import Table
 
+from raykernel.console import visible
+
 
 class Format(Enum):
     """What `--format` takes."""
@@ -82,9 +84,9 @@ def _aligned(table: pa.Table, width: int | None) -> str:
     grid = Table(box=None, header_style="bold", pad_edge=False)
     for name, column in zip(table.column_names, table.columns, strict=True):
         numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-        grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(visible(name), justify="right" if numeric else "left", overflow="fold")
     for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        grid.add_row(*(_cell(value) for value in row))
+        grid.add_row(*(visible(_cell(value)) for value in row))
     sink = io.StringIO()
     console = Console(file=sink, width=width or 10_000, markup=False, highlight=False, emoji=False)
     console.print(grid)

@@ -243,7 +243,10 @@ class KernelFiles:
             table = self._read("head.arrow").table
         except FileNotFoundError:
             return None
-        weight, bias = arrowfile.values(table["weight"]), arrowfile.values(table["bias"])
+        with arrowfile.blaming(self.path / "head.arrow"):
+            weight, bias = (arrowfile.matrix(table[name], "f4") for name in ("weight", "bias"))
+            if bias.shape != (len(weight), 1):
+                raise ValueError(f"bias of shape {bias.shape}")
         return weight.copy(), bias[:, 0].copy()
 
     def read_block(self, cell: Cell) -> Block:
@@ -266,7 +269,8 @@ class KernelFiles:
             raise BlockCorruptError(
                 arrowfile.damage(self.path / name, f"columns {columns} of another cell")
             )
-        block = blockfile.from_table(table)
+        with arrowfile.blaming(self.path / name):
+            block = blockfile.from_table(table)
         if block.values.shape[1:] != self._shape(cell) or block.values.dtype != self.manifest.dtype:
             found = f"{block.values.dtype} {block.values.shape[1:]}"
             raise BlockCorruptError(
@@ -311,9 +315,8 @@ class KernelFiles:
         """
         rows = self.grid.row_block(i)
         header, table = self.read_own(name, i, rows)
-        if column not in table.column_names:
-            raise BlockCorruptError(arrowfile.damage(self.path / name, f"no column `{column}`"))
-        values: np.ndarray = arrowfile.values(table[column])
+        with arrowfile.blaming(self.path / name):
+            values = arrowfile.matrix(table[column], "f8")
         if values.shape != (len(rows), self.num_outputs):
             raise BlockCorruptError(arrowfile.damage(self.path / name, f"shape {values.shape}"))
         return header, values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from raykernel.config import Json, differences, fingerprint, plain
 from raykernel.errors import BlockCorruptError, InputError, StoreMismatchError
@@ -28,6 +28,9 @@ class Manifest:
     """Of the stored blocks: float32 or float64."""
 
     def __post_init__(self) -> None:
+        sizes = (*astuple(self.grid), self.num_outputs)
+        if any(type(size) is not int for size in sizes):  # 1.0 and true are as large as 1
+            raise TypeError(f"found sizes {sizes}, expected whole numbers")
         if self.num_outputs < 1 or self.dtype not in _DTYPES:
             raise ValueError(f"found {self.num_outputs} outputs of {self.dtype!r}: {_DTYPES}")
 
@@ -100,7 +103,7 @@ def _read(path: StorePath) -> Manifest:
         return Manifest(identity, Grid(**tree["grid"]), tree["num_outputs"], tree["dtype"])
     except InputError:
         raise
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise BlockCorruptError(arrowfile.damage(path, f"unreadable manifest: {error}")) from error
 
 

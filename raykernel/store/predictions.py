@@ -65,9 +65,16 @@ def solution_of(path: StorePath, header: Mapping[str, Any]) -> Solution:
         point = GridPoint(
             Solver[of["solver"]], float(of["ridge"]), float(of["f0_scaling"]), gamma, c
         )
-        return Solution(header["kind"], tuple(header["groups"]), point)
+        return Solution(_text(header["kind"]), tuple(map(_text, header["groups"])), point)
     except (LookupError, TypeError, ValueError) as error:
         raise BlockCorruptError(arrowfile.damage(path, f"no prediction: {error}")) from error
+
+
+def _text(value: Any) -> str:
+    """A value that must be text, in a file that somebody else may have written."""
+    if not isinstance(value, str):
+        raise TypeError(f"found {value!r:.40} for a name")
+    return value
 
 
 def write_prediction(

@@ -297,6 +297,7 @@ def read_file(path: StorePath, spec: ResultTable, content: bytes | None = None) 
             with pq.ParquetFile(pa.BufferReader(content)) as file:
                 return _in_schema(file.read(), spec.schema)
         rows = pa.ipc.open_file(content).read_all()
+        rows.validate(full=True)
         for name, own in zip((KEY, VERSION), answer.groups(), strict=False):
             rows = rows.append_column(name, pa.repeat(own, rows.num_rows))
         return _in_schema(rows, spec.schema)
@@ -308,7 +309,9 @@ def _rows_of(path: StorePath, key: str, spec: ResultTable) -> Iterator[pa.Table]
         if first <= key <= last:
             rows, places = _group(path, number)
             start, count = places.get(key, (0, 0))
-            yield _in_schema(rows.slice(start, count), spec.schema)
+            with _damage_of(path):
+                found = _in_schema(rows.slice(start, count), spec.schema)
+            yield found
 
 
 # A study asks for one row after the other; a compacted file never changes.
@@ -322,16 +325,22 @@ def _content(path: StorePath) -> bytes:
 @lru_cache(maxsize=8)
 def _ranges(path: StorePath) -> list[tuple[str, str]]:
     """First and last key of every group of rows of a compacted file."""
-    with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
+    content = _content(path)
+    with _damage_of(path), pq.ParquetFile(pa.BufferReader(content)) as file:
+        if file.schema_arrow.field(KEY).type != pa.string():
+            raise TypeError(f"keys of type {file.schema_arrow.field(KEY).type}")
         at = file.schema_arrow.get_field_index(KEY)
         groups = [file.metadata.row_group(n).column(at) for n in range(file.num_row_groups)]
+        if not all(group.is_stats_set and group.statistics.has_min_max for group in groups):
+            raise TypeError("keys without their range")
         return [(group.statistics.min, group.statistics.max) for group in groups]
 
 
 @lru_cache(maxsize=64)
 def _group(path: StorePath, number: int) -> tuple[pa.Table, dict[str, tuple[int, int]]]:
     """One group of rows of a compacted file, and where those of a key begin and how many."""
-    with pq.ParquetFile(pa.BufferReader(_content(path))) as file:
+    content = _content(path)
+    with _damage_of(path), pq.ParquetFile(pa.BufferReader(content)) as file:
         rows = file.read_row_group(number).combine_chunks()
     keys = rows[KEY].to_pylist()
     counts = Counter(keys)
@@ -445,9 +454,16 @@ def _digest(content: pa.Buffer | bytes) -> str:
 @contextlib.contextmanager
 def _blaming(path: StorePath, content: bytes) -> Iterator[None]:
     """Compare a file's content with its name; whatever goes wrong then is its damage."""
-    try:
+    with _damage_of(path):
         if _digest(content) != path.stem.rpartition("-")[2]:
             raise ValueError("checksum of another content")
+        yield
+
+
+@contextlib.contextmanager
+def _damage_of(path: StorePath) -> Iterator[None]:
+    """Say of whatever goes wrong that it is a file's damage."""
+    try:
         yield
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,6 +17,7 @@ import xxhash
 
 from raykernel.config import Json
 from raykernel.errors import BlockCorruptError
+from raykernel.jsontext import json_object
 from raykernel.location import StorePath, local_copy
 from raykernel.store.arrowfile import damage
 from raykernel.store.commit import commit
@@ -76,8 +77,8 @@ def unseal_line(path: StorePath, line: bytes) -> dict[str, Any]:
 
 def _tree(path: StorePath, content: bytes) -> dict[str, Any]:
     try:
-        return dict(json.loads(content))
-    except (ValueError, TypeError) as error:
+        return json_object(content)
+    except ValueError as error:
         raise BlockCorruptError(damage(path, str(error))) from error
 
 

@@ -10,8 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -280,12 +283,17 @@ def driver(code: str, folder: Path, **extra: str) -> subprocess.Popen[str]:
 
 
 ENDLESS = """
+import os
+import ray
 import sys
+from pathlib import Path
 from tests.compute.toy_workers import Toy
 from raykernel.compute.ray_executor import RayExecutor
 from raykernel.config import ComputeConfig
 from raykernel.terms import ExecutorName
 executor = RayExecutor(ComputeConfig(executor=ExecutorName.ray))
+place = ray.get_runtime_context().gcs_address
+Path(sys.argv[1], "cluster").write_text(f"{place} {os.environ['RAY_AUTH_TOKEN']}")
 try:
     list(executor.run(Toy(sys.argv[1]).endless, range(2)))
 finally:
@@ -308,6 +316,8 @@ def test_no_process_outlives_its_driver(tmp_path: Path, name: str) -> None:
         others = psutil.Process(process.pid).children(recursive=True)
         worker = int((tmp_path / "running").read_text().split()[0])
         assert worker in {other.pid for other in others}
+        if name == "SIGKILL":
+            check_nobody_gets_in_without_the_token(others, tmp_path)
         process.send_signal(getattr(signal, name))
         out, err = process.communicate(timeout=60)
         assert process.returncode != 0
@@ -321,6 +331,48 @@ def test_no_process_outlives_its_driver(tmp_path: Path, name: str) -> None:
         wait_for(lambda: not any(alive(other) for other in others), seconds=20)
     # Authentication was on, and Ray has left no token in the home directory.
     assert not (tmp_path / ".ray").exists()
+
+
+def check_nobody_gets_in_without_the_token(processes: list[psutil.Process], folder: Path) -> None:
+    """Ray listens on every interface, so that the token alone keeps others out.
+
+    A client without it is refused, no dashboard listens, and no port that speaks HTTP takes a job
+    or a runtime environment, which are commands to run.
+    """
+    address, token = (folder / "cluster").read_text().split()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": str(folder)
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    clients = [
+        subprocess.Popen(
+            command, env=clean | own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        for own in (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * len(token)},
+            {"RAY_AUTH_MODE": "disabled"},
+        )
+    ]
+    said = [client.communicate(timeout=120)[1].decode() for client in clients]
+    assert [client.returncode == 0 for client in clients] == [True, False, False], said
+    assert all("token" in text for text in said[1:])
+    wait_for(lambda: any("Agent" in process.name() for process in processes), seconds=120)
+    ports = {
+        one.laddr.port
+        for process in processes
+        if alive(process)
+        for one in process.net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN
+    }
+    assert len(ports) > 3
+    assert 8265 not in ports
+    for port in ports:
+        for path in ("/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"):
+            request = Request(f"http://{address.rpartition(':')[0]}:{port}{path}", data=b"{}")
+            with pytest.raises((HTTPError, OSError, HTTPException)) as refusal:
+                urlopen(request, timeout=20)
+            assert getattr(refusal.value, "code", 401) in (401, 404, 405)
 
 
 def alive(process: psutil.Process) -> bool:
