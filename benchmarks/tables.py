@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +88,26 @@ def _processor() -> str:
 
 
 def write_results(tables: Sequence[Table], command: str, path: Path) -> None:
-    """Replace a file of results."""
+    """Replace a file of results, but for its sections that other commands write."""
     intro = "What the columns mean and how to measure again: README.md in this folder."
     facts = "\n".join(f"- {fact}" for fact in circumstances(command))
     body = "\n".join(table.markdown() for table in tables)
-    path.write_text(f"# Results\n\n{intro}\n\n{facts}\n\n{body}", encoding="utf-8")
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    others = "".join(f"\n{found[0]}\n" for found in _SECTION.finditer(before))
+    path.write_text(f"# Results\n\n{intro}\n\n{facts}\n\n{body}{others}", encoding="utf-8")
+
+
+_SECTION = re.compile(r"<!-- begin (?P<name>\w+) -->.*?<!-- end (?P=name) -->", re.DOTALL)
+"""A part of the results that a command of its own writes."""
+
+
+def write_section(name: str, tables: Sequence[Table], command: str, path: Path) -> None:
+    """Replace one section of a file of results, or append it; all else stays."""
+    facts = "\n".join(f"- {fact}" for fact in circumstances(command))
+    body = "\n".join(table.markdown() for table in tables)
+    section = f"<!-- begin {name} -->\n{body}{facts}\n<!-- end {name} -->"
+    before = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    parts = {found["name"]: found.span() for found in _SECTION.finditer(before)}
+    start, stop = parts.get(name, (len(before), len(before)))
+    glue, end = ("", before[stop:]) if name in parts else ("\n", "\n")
+    path.write_text(before[:start] + glue + section + end, encoding="utf-8")
