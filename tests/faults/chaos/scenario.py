@@ -31,12 +31,12 @@ from tests.faults.chaos.evidence import (
 from tests.faults.chaos.nodes import Nodes
 from tests.faults.chaos.plan import Plan, Strike, Victim
 
-PATIENCE_SECONDS = 400.0
+PATIENCE_SECONDS = 900.0
 """Of a run; one that takes longer hangs."""
-GONE_SECONDS = 60.0
+GONE_SECONDS = 120.0
 """Until the last process of a run has ended."""
 _POLL_SECONDS = 0.02
-_SUSPENDED_SECONDS = 2.0
+_SUSPENDED_SECONDS = 10.0
 """A poll that takes longer was no work of ours."""
 
 
@@ -221,14 +221,18 @@ class _Struck:
     def run(self) -> float:
         """Play it to the end of its last process; seconds until the driver's end."""
         driver, killed = self._scene.start(), False
-        while driver.is_alive():
-            self._clock.tick()
-            self._scene.nodes.replace(self._clock.seconds)
-            if self._waiting and self._is_due(self._waiting[0]):
-                killed = self._strike(driver) or killed
-            if self._clock.seconds > PATIENCE_SECONDS:
-                self._give_up(driver)
-            time.sleep(_POLL_SECONDS)
+        try:
+            while driver.is_alive():
+                self._clock.tick()
+                self._scene.nodes.replace(self._clock.seconds)
+                if self._waiting and self._is_due(self._waiting[0]):
+                    killed = self._strike(driver) or killed
+                if self._clock.seconds > PATIENCE_SECONDS:
+                    self._give_up(driver)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            driver.kill()  # alive only if we are interrupted
+            driver.join()
         seconds = self._clock.seconds
         self._scene.nodes.replace()
         self._wait_until_gone()
@@ -280,10 +284,6 @@ class _Struck:
         with contextlib.suppress(ProcessLookupError):
             os.kill(driver.pid or 0, signal.SIGUSR1)  # its threads go to the screen
             time.sleep(1.0)
-        driver.kill()
-        driver.join()
-        self._scene.nodes.replace()
-        self._wait_until_gone()
         raise ChaosError(
             f"no end after {PATIENCE_SECONDS:.0f} s, {steps(self._scene.store)} commits; see "
             f"{self._scene.screen}"
