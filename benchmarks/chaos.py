@@ -18,7 +18,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from rich.console import Console
 
 from benchmarks.tables import RESULTS, Table, write_section
 from raykernel.compute.executor import provenance
-from tests.faults.chaos.job import NUM_BLOCKS, NUM_PREDICTIONS, NUM_TRIALS
 from tests.faults.chaos.nodes import Nodes
 from tests.faults.chaos.plan import make_plan
 from tests.faults.chaos.scenario import Stage, wait_for_none
+from tests.faults.problem import NUM_BLOCKS, NUM_PREDICTIONS, NUM_TRIALS
 
 FOLDER = Path("build/chaos")
 """Of the results, and of what a failure leaves; git ignores it."""
@@ -38,6 +38,7 @@ MEASURE_EVERY = 20
 """Scenarios after which an undisturbed run is timed again."""
 Line = dict[str, Any]
 """What is kept of a scenario."""
+Figure = Callable[[Sequence[Line]], str]
 
 
 def known(file: Path) -> dict[int, Line]:
@@ -91,50 +92,56 @@ def play(seeds: Sequence[int], folder: Path, screen: Console) -> int:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """The figures of many scenarios."""
+    """The figures of many scenarios, by engine of the study and of all."""
+    by_engine = [[line for line in lines if line["engine"] == name] for name in ("pool", "tune")]
     made = Table(
         f"Chaos: {NUM_BLOCKS} blocks, {NUM_PREDICTIONS} predictions and {NUM_TRIALS} runs, killed "
         "at random",
         ["", "pool", "tune", "all"],
     )
-    groups = [[line for line in lines if line["engine"] == name] for name in ("pool", "tune")]
-    groups.append(list(lines))
-
-    def add(name: str, of: Any) -> None:
-        made.add(name, *(of(group) if group else "" for group in groups))
-
-    add("scenarios", lambda group: str(len(group)))
-    add("exactly equal", lambda group: str(sum(not line["wrong"] for line in group)))
-    for victim in ("worker", "raylet", "driver"):
-        add(f"{victim}s killed", lambda g, v=victim: str(sum(x["kills"].get(v, 0) for x in g)))
-    add("drivers started again", lambda group: str(sum(line["restarts"] for line in group)))
-    for name, column in {
-        "blocks begun and not committed": "blocks_again",
-        "half-written files removed": "temporaries",
-    }.items():
-        add(name, lambda group, column=column: str(sum(line[column] for line in group)))
-    runs = str(sum(line["runs_again"] for line in groups[0]))
-    made.add("runs begun and not committed", runs, "", "")
-
-    def median(values: Sequence[float]) -> str:
-        return f"{statistics.median(values):.1f}"
-
-    add("seconds undisturbed", lambda group: median([x["undisturbed"] for x in group]))
-    lost = "seconds lost by a scenario, median"
-    add(lost, lambda group: median([x["seconds"] - x["undisturbed"] for x in group]))
-    each = "seconds lost by a kill, mean"
-    add(
-        each,
-        lambda group: (
-            f"{sum(x['seconds'] - x['undisturbed'] for x in group) / sum(sum(x['kills'].values()) for x in group):.1f}"
-        ),
-    )
+    for name, of in FIGURES.items():
+        made.add(name, *(of(some) if some else "" for some in (*by_engine, lines)))
     made.note(
-        "Seconds lost: all runs of a scenario together, beyond one run that nobody disturbs. A "
-        "dead node is noticed after 2 s here, after 15 s by Ray's defaults."
+        "Seconds lost: all runs of a scenario together, beyond one that nobody disturbs. A dead "
+        "node is noticed after 2 s here, after 15 s by Ray's defaults."
     )
-    made.note("Of runs that Ray Tune began nobody keeps count.")
+    made.note("Runs begun under Ray Tune are not counted.")
     return made
+
+
+def _sum(column: str) -> Figure:
+    return lambda lines: str(sum(line[column] for line in lines))
+
+
+def _kills(victim: str) -> Figure:
+    return lambda lines: str(sum(line["kills"].get(victim, 0) for line in lines))
+
+
+def _lost(lines: Sequence[Line]) -> list[float]:
+    return [line["seconds"] - line["undisturbed"] for line in lines]
+
+
+def _per_kill(lines: Sequence[Line]) -> str:
+    return f"{sum(_lost(lines)) / sum(sum(line['kills'].values()) for line in lines):.1f}"
+
+
+FIGURES: dict[str, Figure] = {
+    "scenarios": lambda lines: str(len(lines)),
+    "exactly equal": lambda lines: str(sum(not line["wrong"] for line in lines)),
+    "workers killed": _kills("worker"),
+    "raylets killed": _kills("raylet"),
+    "drivers killed": _kills("driver"),
+    "drivers started again": _sum("restarts"),
+    "blocks begun and not committed": _sum("blocks_again"),
+    "runs begun and not committed": _sum("runs_again"),
+    "half-written files removed": _sum("temporaries"),
+    "seconds undisturbed, median": lambda lines: (
+        f"{statistics.median(line['undisturbed'] for line in lines):.1f}"
+    ),
+    "seconds lost by a scenario, median": lambda lines: f"{statistics.median(_lost(lines)):.1f}",
+    "seconds lost by a kill, mean": _per_kill,
+}
+"""Rows of the table: from what is kept of scenarios to text."""
 
 
 def main() -> int:

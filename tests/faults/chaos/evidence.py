@@ -16,7 +16,7 @@ from raykernel.store.blocks import Store
 from raykernel.store.commit import STALE_SECONDS
 from raykernel.store.tables import TABLES
 from raykernel.store.verify import verify
-from tests.faults.chaos.job import NUM_BLOCKS, NUM_PREDICTIONS, NUM_TRIALS
+from tests.faults.problem import NUM_BLOCKS, NUM_PREDICTIONS, NUM_TRIALS
 
 HOW = {
     *("created", "path", "seconds", "host", "versions", "peak_memory_bytes"),

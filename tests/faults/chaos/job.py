@@ -18,57 +18,21 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
-# Imported here for the server that drivers are forked from.
-import raykernel.conduct
-import raykernel.pipeline
-import raykernel.sweep
-import raykernel.training.finetune
-import raykernel.trials  # noqa: F401
 from raykernel.cli import main
 from raykernel.compute import ray_executor
 from raykernel.compute.executor import Outcome
 from raykernel.store.grid import Cell
-from tests import tiny
+from tests.faults.problem import KERNEL, NUM_BLOCKS, NUM_PREDICTIONS, NUM_TRIALS
 
-NUM_BLOCKS, NUM_PREDICTIONS, NUM_TRIALS = 26, 15, 24
 NUM_STEPS = NUM_BLOCKS + NUM_PREDICTIONS + NUM_TRIALS
 """Commits of a whole run, by which kills are timed."""
 WORKERS = 2
 
-KERNEL = [
-    *("kernel", "task=file", "task.train=reviews.tsv", "task.text=[review]", "task.label=rating"),
-    *("task.k=8", "task.test_limit=60", "model=hf", "model.name=tiny"),
-    'prompt.template="{review} It was {label}."',
-    *("prompt.words={negative: terrible, positive: great}", "kernel.block_size=4"),
+_IMPORTED = [
+    *("raykernel.conduct", "raykernel.pipeline", "raykernel.sweep", "raykernel.trials"),
+    *("raykernel.training.finetune", "transformers.models.roberta.modeling_roberta"),
 ]
-STUDY = """
-from raykernel.study import Arm, Line, Study, TaskTable
-from raykernel.terms import Command
-
-study = Study(
-    question="Which rate?",
-    base={
-        "task": "file", "task.train": "reviews.tsv", "task.text": "[review]",
-        "task.label": "rating", "task.k": "2", "task.test_limit": "6", "model": "hf",
-        "model.name": "tiny", "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}", "training.steps": "3",
-        "training.eval_every": "1", "training.batch_size": "2", "training.keep_weights": "false",
-    },
-    space={"task.seed": "13,21"},
-    arms=[Arm("SGD", Command.finetune, {"training": "sgd"},
-              {"training.learning_rate": ",".join(f"{n}e-3" for n in range(1, 13))})],
-    table=TaskTable([Line("SGD", "SGD", "finetuned")], title="Test", by=[]),
-)
-"""
-
-
-def prepare(folder: Path) -> None:
-    """Write model, data and study into the folder that drivers run in."""
-    folder.mkdir(parents=True)
-    tiny.save_masked_lm(folder / "tiny", hidden_size=64, num_hidden_layers=4)
-    tiny.write_reviews(folder / "reviews.tsv", num=200)
-    (folder / "sweeps").mkdir()
-    (folder / "sweeps" / "rates.py").write_text(STUDY, encoding="utf-8")
+"""By the server, before it forks drivers: what these import when they come to need it."""
 
 
 def commands(store: str, engine: str, address: str | None) -> list[list[str]]:
@@ -91,7 +55,7 @@ def start(folder: Path, lines: Sequence[Sequence[str]], screen: Path, begun: Pat
         begun: takes a line for every job that a worker begins.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *_IMPORTED])
     process = context.Process(target=_drive, args=(folder, lines, screen, begun))
     process.start()
     return process

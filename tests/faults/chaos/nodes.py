@@ -58,6 +58,7 @@ class Nodes:
                     RAY_AUTH_MODE="disabled",
                     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
                     RAY_USAGE_STATS_ENABLED="0",
+                    RAY_worker_niceness="0",  # else a loaded machine starves the workers alone
                     PYTHONPATH=root,
                     OMP_NUM_THREADS="1",
                 )
@@ -130,20 +131,28 @@ class Nodes:
 
     def strays(self) -> list[str]:
         """Processes below the folder that are neither the cluster's own nor idle in it."""
-        own = {os.getpid()} | {
+        own = {
             info.process.pid
             for node in self._cluster.list_all_nodes()
             for infos in node.all_processes.values()
             for info in infos
         }
         found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                below = self._folder in [(at := Path(process.cwd())), *at.parents]
+        for process in processes_below(self._folder):
+            with contextlib.suppress(psutil.Error):
                 is_service = process.ppid() in own and _is(process, (*_AGENTS, *_IDLE))
-                if below and process.pid not in own and not is_service:
+                if process.pid not in own and not is_service:
                     found.append(f"{process.pid} {_title(process)}")
         return found
+
+
+def processes_below(folder: Path) -> Iterator[psutil.Process]:
+    """Processes other than this one whose working folder is a folder, or below it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            here = Path(process.cwd())
+            if folder in [here, *here.parents] and process.pid != os.getpid():
+                yield process
 
 
 def _children(node: Any) -> list[psutil.Process]:

@@ -62,7 +62,7 @@ def _strikes(generator: random.Random, *, last: bool) -> tuple[Strike, ...]:
     if not last or not victims or generator.random() < 0.6:
         victims.append(Victim.driver)
     early = generator.random() < 0.2
-    shares: list[float | None] = [*sorted(generator.random() * 0.95 for _ in victims)]
+    shares: list[float | None] = [*sorted(generator.random() * 0.9 for _ in victims)]
     if early:
         shares[0] = None
     return tuple(

@@ -30,6 +30,7 @@ from tests.faults.chaos.evidence import (
 )
 from tests.faults.chaos.nodes import Nodes
 from tests.faults.chaos.plan import Plan, Strike, Victim
+from tests.faults.problem import prepare
 
 PATIENCE_SECONDS = 900.0
 """Of a run; one that takes longer hangs."""
@@ -100,7 +101,7 @@ class Stage:
     def prepare(self) -> None:
         """Write the problem, and solve it in one process without Ray."""
         if not self.problem.exists():
-            job.prepare(self.problem)
+            prepare(self.problem)
         alone = Scene(self, "alone", "pool", address=None)
         alone.play(())
         self.expected = numbers(alone.store)
