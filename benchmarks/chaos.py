@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -164,7 +165,12 @@ def main() -> int:
     wanted = list(range(options.scenarios)) if options.seeds is None else options.seeds
     left = [seed for seed in wanted if options.seeds or seed not in known(file)]
     screen.print(f"{len(wanted) - len(left)} of {len(wanted)} scenarios are known.")
-    status = play(left, options.folder, screen) if left else 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status = play(left, options.folder, screen) if left else 0
+    except KeyboardInterrupt:
+        screen.print("Interrupted: the same command plays what is left.")
+        return 130
     done = known(file)
     lines = [done[seed] for seed in wanted if seed in done]
     if lines:
