@@ -69,7 +69,7 @@ def _strikes(generator: random.Random, *, last: bool) -> tuple[Strike, ...]:
         Strike(
             victim,
             share,
-            delay=generator.random() * (6.0 if share is None else 0.3),
+            delay=generator.random() * (6.0 if share is None else 0.15),
             choice=generator.random(),
             absence=generator.random() * 2,
         )

@@ -101,7 +101,8 @@ class Stage:
     def prepare(self) -> None:
         """Write the problem, and solve it in one process without Ray."""
         if not self.problem.exists():
-            prepare(self.problem)
+            # Blocks and runs that take long enough to die in.
+            prepare(self.problem, hidden_size=128, num_hidden_layers=6)
         alone = Scene(self, "alone", "pool", address=None)
         alone.play(())
         self.expected = numbers(alone.store)
