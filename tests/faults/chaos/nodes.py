@@ -123,8 +123,9 @@ class Nodes:
 
     def _add(self) -> Any:
         with _inside(self._folder):
+            # Whoever wants to run on it waits for it; here a loaded machine would be an error.
             return self._cluster.add_node(
-                num_cpus=1, object_store_memory=_MEMORY, include_log_monitor=False
+                wait=False, num_cpus=1, object_store_memory=_MEMORY, include_log_monitor=False
             )
 
     # ------------------------------------------------------------ who is left
