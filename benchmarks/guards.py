@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import statistics
 import sys
 import tempfile
@@ -18,13 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 from rich.console import Console
 
-from benchmarks.tables import RESULTS, Table, circumstances
+from benchmarks.tables import RESULTS, Table, write_section
 from benchmarks.timing import Say, settle
 from raykernel.analysis import gram
 from raykernel.analysis.ridge import solve_ridge
@@ -46,8 +44,6 @@ GUARDS: dict[str, tuple[object, str, object]] = {
 }
 """Where each check is called, and what stands there instead. Whether gradients are finite is read
 off the maxima by which padding is dropped, and is no pass of its own."""
-
-MARKS = "<!-- guards -->", "<!-- /guards -->"
 
 
 @contextmanager
@@ -108,24 +104,6 @@ def guard_table(rounds: int, say: Say, run: Callable[[], np.ndarray]) -> Table:
     return table
 
 
-def write_between(table: Table, command: str, path: Path) -> None:
-    """Put the table between its marks in a file of results, whose other parts stay.
-
-    Args:
-        table: what was measured.
-        command: that measured it.
-        path: the file; the marks are added at its end if they are missing.
-    """
-    facts = "".join(f"- {fact}\n" for fact in circumstances(command))
-    begin, end = MARKS
-    part = f"{begin}\n{table.markdown()}{facts}{end}"
-    text = path.read_text(encoding="utf-8")
-    found = re.sub(f"{re.escape(begin)}.*{re.escape(end)}", lambda _: part, text, flags=re.DOTALL)
-    if begin not in text:
-        found = f"{text.rstrip()}\n\n{part}\n"
-    path.write_text(found, encoding="utf-8")
-
-
 def main() -> int:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guards", description=__doc__)
@@ -142,7 +120,7 @@ def main() -> int:
     table.show(screen)
     if options.write:
         command = " ".join(["python -m benchmarks.guards", *sys.argv[1:]])
-        write_between(table, command, RESULTS)
+        write_section("guards", [table], command)
     return 0
 
 

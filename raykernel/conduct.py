@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from raykernel.compose import ComposedRun
 from raykernel.config import SweepConfig, fingerprint
 from raykernel.console import Screen, counted
-from raykernel.engines import Begin, Engine, Heard, PoolEngine, Searcher, by_kernel, waves
+from raykernel.engines import (
+    Begin,
+    Engine,
+    Heard,
+    PoolEngine,
+    Searcher,
+    by_kernel,
+    clear_scratch,
+    waves,
+)
 from raykernel.errors import InputError
 from raykernel.runs import (
     Ended,
@@ -103,6 +112,7 @@ def run_study(plan: Plan, screen: Screen) -> list[Done]:
                 runs = [make_run(plan.study.name, point) for point in points]
                 ended = complete_runs(runs, engine, runner, heard)
             found += [Done(one, rows_of(one)) for one in ended]
+    clear_scratch(plan.store_path())  # a driver may have died with nothing left to run
     if any(not done.ended.was_stored for done in found):
         compact(plan.store_path())  # queries read one file a table
     return found

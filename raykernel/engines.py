@@ -9,18 +9,25 @@ computed once. Ray starts when a worker is wanted, and ends with the engine.
 from __future__ import annotations
 
 import contextlib
+import platform
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import psutil
+
+from raykernel.cache import cache_folder
 from raykernel.compute.executor import Executor, InlineExecutor
 from raykernel.compute.logs import bound_logs
-from raykernel.config import ComputeConfig, SweepConfig
+from raykernel.config import ComputeConfig, SweepConfig, fingerprint
 from raykernel.console import Screen
 from raykernel.errors import RaykernelError, StorageFullError
 from raykernel.jobs import LateExecutor
+from raykernel.location import StorePath
 from raykernel.runs import Ended, Run, Runner, failure, make_run, rows_of, stored, write_down
 from raykernel.search import Search
 from raykernel.space import Point
@@ -334,6 +341,35 @@ def lost(job: Job, error: RaykernelError) -> Iterator[Ended]:
             ended = failure(run, error)
             write_down(ended)
         yield ended
+
+
+def scratch_folder(store: StorePath) -> Path:
+    """Where drivers of Ray Tune keep snapshots while they run, one folder each.
+
+    Args:
+        store: root of the study's store.
+
+    Returns:
+        A folder of the store; for an object store, which keeps none, one on this machine.
+    """
+    if isinstance(store, Path):
+        return store / ".tune"
+    return cache_folder() / "tune" / fingerprint(str(store))
+
+
+def clear_scratch(store: StorePath) -> None:
+    """Remove the snapshots of drivers of Ray Tune on this machine that have died.
+
+    Args:
+        store: root of the study's store.
+    """
+    folder, host = scratch_folder(store), platform.node()
+    for old in folder.glob(f"{host}-*"):
+        pid = old.name.removeprefix(f"{host}-")
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or another driver's are
+        folder.rmdir()
 
 
 def spreads(run: Run) -> bool:

@@ -19,9 +19,11 @@ from raykernel.config import (
     fingerprint,
 )
 from raykernel.console import Screen
+from raykernel.location import location
 from raykernel.problem.adapter_config import with_adapter
 from raykernel.problem.architectures import check_model
 from raykernel.problem.checkpoints import (
+    findable,
     load_tokenizer,
     max_positions,
     model_identity,
@@ -114,16 +116,16 @@ def prepare(config: RunConfig, screen: Screen) -> Prepared:
 
 
 def worker_spec(prepared: Prepared) -> WorkerSpec:
-    """What a worker needs to compute blocks of a run."""
+    """What a worker needs to compute blocks of a run; it need not run in the driver's folder."""
     config = prepared.config
     return WorkerSpec(
-        model=config.model,
+        model=findable(config.model),
         parameters=config.parameters,
         kernel=config.kernel,
         compute=config.compute,
         encoded=prepared.encoded,
         num_labels=len(prepared.data.labels),
-        store_path=config.store.path,
+        store_path=str(location(config.store.path)),
         fingerprint=prepared.fingerprint,
         trial=prepared.trial,
         group_sets=tuple(map(tuple, (config.solver.groups, *config.spectrum.sets))),

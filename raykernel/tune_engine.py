@@ -9,14 +9,12 @@ which are up to ten seconds old and rerun what has ended (measured: Ray 2.60).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 # Tune reads these when it is imported or started; what the user has set stands.
@@ -27,18 +25,26 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")  # nobody reads its s
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints at verbose=0, too
 
-import psutil
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from raykernel.cache import cache_folder
 from raykernel.compute import trouble
-from raykernel.config import ComputeConfig, fingerprint
-from raykernel.engines import Heard, Job, PoolEngine, Searcher, by_resources, first_run, lost
+from raykernel.config import ComputeConfig
+from raykernel.engines import (
+    Heard,
+    Job,
+    PoolEngine,
+    Searcher,
+    by_resources,
+    clear_scratch,
+    first_run,
+    lost,
+    scratch_folder,
+)
 from raykernel.errors import WorkerLostError
-from raykernel.location import RemotePath, StorePath
+from raykernel.location import StorePath
 from raykernel.runs import Ended, Runner, store_of, write_down
 from raykernel.search import Search, note_runs
 from raykernel.terms import RunStatus, Stopping
@@ -77,7 +83,7 @@ class TuneEngine(PoolEngine):
                 tune.with_parameters(_do, jobs=same, runner=runner, watches=self._stops),
                 compute,
                 news=_News(job_of, heard),
-                folder=store_of(same[0][0]).path,
+                store=store_of(same[0][0]).path,
                 space={_JOB: tune.grid_search(list(range(len(same))))},
             )
 
@@ -99,7 +105,7 @@ class TuneEngine(PoolEngine):
                 tune.with_parameters(_try, searcher=searcher, watches=self._stops),
                 run.composed.config.compute,
                 news=_News(searcher.runs, heard),
-                folder=searcher.search.journal.parent,
+                store=store_of(run).path,
                 asking=_Asking.of(searcher.search, slots.start),
                 count=len(slots),
             )
@@ -116,7 +122,7 @@ class TuneEngine(PoolEngine):
         compute: ComputeConfig,
         *,
         news: _News,
-        folder: StorePath,
+        store: StorePath,
         space: dict[str, Any] | None = None,
         asking: _Asking | None = None,
         count: int = 1,
@@ -125,7 +131,7 @@ class TuneEngine(PoolEngine):
         self.start(compute)
         for name in ("ray.tune", "ray.train", "ray._private"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        scratch = _scratch(folder / ".tune" if isinstance(folder, Path) else _away(folder))
+        scratch = scratch_folder(store) / f"{platform.node()}-{os.getpid()}"
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": compute.num_cpus, "gpu": compute.num_gpus}),
             param_space=space,
@@ -148,8 +154,7 @@ class TuneEngine(PoolEngine):
             tuner.fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another driver's may be there
-                scratch.parent.rmdir()
+            clear_scratch(store)
 
     def _scheduler(self) -> TrialScheduler | None:
         if not self._stops:
@@ -162,21 +167,6 @@ class TuneEngine(PoolEngine):
             grace_period=settings.grace,
             reduction_factor=settings.reduction,
         )
-
-
-def _away(folder: RemotePath) -> Path:
-    """A folder for the same on this machine: Tune's snapshots are nothing that a store keeps."""
-    return cache_folder() / "tune" / fingerprint(str(folder))
-
-
-def _scratch(folder: Path) -> Path:
-    """A folder for Tune's snapshots, which are of no use later; those of the dead are removed."""
-    host = platform.node()
-    for old in folder.glob(f"{host}-*"):
-        pid = old.name.removeprefix(f"{host}-")
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    return folder / f"{host}-{os.getpid()}"
 
 
 # ------------------------------------------------------------------ in the actors

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import floor
+from benchmarks import chaos, floor
 from benchmarks.comparison import relative_error
 from benchmarks.contenders import OWN, Contender
-from benchmarks.guards import GUARDS, without_guards, write_between
+from benchmarks.guards import GUARDS, without_guards
 from benchmarks.peers import PEERS, reference
 from benchmarks.regression import WAYS, reference_predictions, regression
 from benchmarks.selection import groups
-from benchmarks.tables import Table
+from benchmarks.tables import Table, write_results, write_section
 from benchmarks.workloads import PAD, Workload, roberta
 
 WIDTH = 16
@@ -91,15 +92,42 @@ def test_every_guard_is_called_where_the_benchmark_takes_it_out() -> None:
         assert called > defined
 
 
-def test_results_are_written_between_their_marks(tmp_path: Path) -> None:
-    file = tmp_path / "RESULTS.md"
-    file.write_text("# Results\n\nother\n", encoding="utf-8")
-    for rows in (["a", "1"], ["b", "2"]):
-        table = Table("Checks", ["", "seconds"])
-        table.add(*rows)
-        write_between(table, "command", file)
-    text = file.read_text(encoding="utf-8")
-    assert text.startswith("# Results\n\nother\n\n<!-- guards -->\n## Checks")
-    assert text.count("<!-- guards -->") == text.count("## Checks") == 1
-    assert "| b | 2 |" in text
-    assert "| a | 1 |" not in text
+def test_a_section_is_replaced_alone_and_outlives_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "RESULTS.md"
+    tables = [Table(f"T{n}", ["", "x"], [["row", str(n)]]) for n in range(5)]
+    write_results(tables[:1], "all", path)
+    whole = path.read_text()
+    write_section("one", tables[1:2], "one", path)
+    write_section("two", tables[2:3], "two", path)
+    assert path.read_text().startswith(whole)
+    write_section("one", tables[3:4], "one again", path)
+    write_results(tables[4:], "all again", path)
+    titles = [line for line in path.read_text().splitlines() if line.startswith("## ")]
+    assert titles == ["## T4", "## T3", "## T2"]
+    assert path.read_text().count(": begin -->") == path.read_text().count(": end -->") == 2
+    before = path.read_text()
+    write_results(tables[4:], "all again", path)
+    assert path.read_text() == before
+
+
+def test_figures_of_chaos_are_sums_over_scenarios_of_this_code(
+    tmp_path: Path,
+) -> None:
+    def line(seed: int, engine: str, **more: object) -> str:
+        kills = {"worker": 1, "driver": 1}
+        counts = {"restarts": 1, "blocks_again": 2, "runs_again": 3, "temporaries": 0}
+        times = {"seconds": 30.0 + seed, "undisturbed": 10.0}
+        known = {"seed": seed, "engine": engine, "kills": kills, "wrong": [], "code": chaos.code()}
+        return json.dumps(known | counts | times | more)
+
+    file = tmp_path / "scenarios.jsonl"
+    lines = [line(0, "pool", wrong=["x"]), line(0, "pool"), line(2, "pool", code="other")]
+    file.write_text("\n".join([*lines, line(4, "pool", kills={"raylet": 1})]) + "\n")
+    known = chaos.known(file)
+    assert sorted(known) == [0, 4]
+    rows = {row[0]: list(row[1:]) for row in chaos.table(list(known.values())).rows}
+    assert rows["scenarios"] == rows["exactly equal"] == ["2", "", "2"]
+    assert [rows[f"{name}s killed"][0] for name in ("worker", "raylet", "driver")] == list("111")
+    assert rows["blocks begun and not committed"] == ["4", "", "4"]
+    assert rows["seconds lost by a scenario, median"] == ["22.0", "", "22.0"]
+    assert rows["seconds lost by a kill, mean"] == ["14.7", "", "14.7"]  # 44 s, 3 kills

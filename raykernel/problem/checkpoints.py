@@ -99,6 +99,21 @@ def prepare_model(model: ModelConfig) -> ModelConfig:
     return replace(model, revision=revision) if is_hub else model
 
 
+def findable(model: ModelConfig) -> ModelConfig:
+    """The same model for processes that run in another folder, as those of a cluster do.
+
+    Args:
+        model: which model.
+
+    Returns:
+        It, a relative folder made absolute.
+    """
+    folder = Path(model.name).expanduser()
+    if model.source is ModelSource.packaged or not folder.is_dir():
+        return model
+    return replace(model, name=str(folder.absolute()))
+
+
 def model_identity(model: ModelConfig) -> dict[str, Json]:
     """What decides the function f at θ_0, apart from the prompt; no weights are loaded.
 

@@ -17,21 +17,9 @@ import pytest
 from raykernel.cli import main
 from raykernel.store.blocks import open_store
 from raykernel.store.query import query
-from tests import tiny
+from tests.faults.problem import KERNEL, NUM_BLOCKS, NUM_PREDICTIONS, prepare
 
 pytestmark = pytest.mark.ray
-
-NUM_BLOCKS, NUM_PREDICTIONS = 26, 15
-
-
-def arguments(store: str) -> list[str]:
-    return [
-        *("kernel", "task=file", "task.train=reviews.tsv"),
-        *("task.text=[review]", "task.label=rating", "task.k=8", "task.test_limit=60"),
-        *("model=hf", "model.name=tiny", 'prompt.template="{review} It was {label}."'),
-        *("prompt.words={negative: terrible, positive: great}", "kernel.block_size=4"),
-        f"store.path={store}",
-    ]
 
 
 class Run:
@@ -39,7 +27,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        command = [sys.executable, "-m", "raykernel", *arguments("killed"), "compute=ray"]
+        command = [sys.executable, "-m", "raykernel", *KERNEL, "store.path=killed", "compute=ray"]
         self._driver = psutil.Popen(
             [*command, "compute.workers=2"], cwd=folder, stderr=subprocess.PIPE, text=True
         )
@@ -95,8 +83,7 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Killed in its blocks; without workers for a moment, then killed in its predictions; done."""
     folder = tmp_path_factory.mktemp("run")
-    tiny.save_masked_lm(folder / "tiny", hidden_size=64, num_hidden_layers=4)
-    tiny.write_reviews(folder / "reviews.tsv", num=200)
+    prepare(folder)
     first = Run(folder)
     first.wait_for(3, "block")
     screens = [first.kill()]
@@ -138,7 +125,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     """The uninterrupted one is computed in this process, without Ray."""
     monkeypatch.chdir(story.folder)
-    assert main(arguments("whole")) == 0
+    assert main([*KERNEL, "store.path=whole"]) == 0
     whole, killed = (open_store(name).open() for name in ("whole", "killed"))
     assert whole.fingerprint == killed.fingerprint
     known = whole.grid.train_and_dev
@@ -149,7 +136,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         sql = f"SELECT {columns} FROM {table} ORDER BY 1"
         assert query(sql, "whole").equals(query(sql, "killed"))
     capsys.readouterr()
-    assert main(arguments("killed")) == 0
+    assert main([*KERNEL, "store.path=killed"]) == 0
     again = capsys.readouterr().err
     assert "computing 0 blocks" in again
     assert "computing 0 predictions" in again
