@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks.tables import RESULTS, Table, write_section
 from benchmarks.timing import Say
-from raykernel.compute.executor import provenance
+from raykernel.provenance import commit
 from tests.faults.chaos.nodes import Nodes
 from tests.faults.chaos.plan import make_plan
 from tests.faults.chaos.scenario import ChaosError, Stage, wait_for_none
@@ -52,7 +52,7 @@ def known(file: Path) -> dict[int, Line]:
 
 def code() -> str:
     """The commit and whether files differ from it; results of other code do not count."""
-    return provenance().get("commit", "no checkout")
+    return commit() or "no checkout"
 
 
 def play(seeds: Sequence[int], folder: Path, say: Say) -> int:

@@ -25,8 +25,8 @@ def origin() -> dict[str, str]:
     Returns:
         `versions`, as JSON with the commit where raykernel is a checkout, and `host`.
     """
-    made_by = json.dumps(versions() | _commit(), sort_keys=True)
-    return {"versions": made_by, "host": platform.node()}
+    made_by = versions() | ({"commit": commit()} if commit() else {})
+    return {"versions": json.dumps(made_by, sort_keys=True), "host": platform.node()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +73,17 @@ def peak_resident_bytes() -> int:
 
 
 @lru_cache(maxsize=1)
-def _commit() -> dict[str, str]:
+def commit() -> str:
+    """Commit of the checkout that raykernel runs from; empty if it is none."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return {}
+        return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):  # no git, or not its owner
-        return {}
-    return {"commit": found.stdout.strip()}
+        return ""
+    return found.stdout.strip()
 
 
 @lru_cache(maxsize=1)
