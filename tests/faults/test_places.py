@@ -132,11 +132,13 @@ def test_a_read_only_store_can_be_read(
         [*KERNEL, "task.k=2"],
         [*KERNEL, "kernel.test_block=true"],
         [*FINETUNE, "training.steps=2"],
-        ["behavior", *FINETUNE[1:]],
-        ["select", *KERNEL[1:], "parameters=lora", "select.max_size=1"],
         SWEEP,
+        pytest.param(["behavior", *FINETUNE[1:]], marks=pytest.mark.slow),
+        pytest.param(
+            ["select", *KERNEL[1:], "parameters=lora", "select.max_size=1"], marks=pytest.mark.slow
+        ),
     ],
-    ids=["kernel", "blocks", "finetune", "behavior", "select", "sweep"],
+    ids=["kernel", "blocks", "finetune", "sweep", "behavior", "select"],
 )
 @pytest.mark.parametrize(
     "archive", ["permissions", pytest.param("mount", marks=pytest.mark.slow)], indirect=True
@@ -163,6 +165,7 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 """
 
 
+@pytest.mark.slow
 def test_drivers_of_the_same_and_of_other_configurations_share_a_store(here: Path) -> None:
     """Two of the same kernel, one of another, two of the same trial: rows and files as of one."""
     other = [*KERNEL, "task.k=2"]

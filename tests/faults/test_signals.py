@@ -58,17 +58,23 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("signum", "command"), [(signal.SIGINT, KERNEL), (signal.SIGTERM, FINETUNE)]
+    ("signum", "command", "times"),
+    [
+        (signal.SIGTERM, FINETUNE, 2),
+        pytest.param(signal.SIGTERM, KERNEL, 9, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, KERNEL, 9, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, FINETUNE, 9, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_command_says_how_to_go_on_and_ends_the_same(
-    here: Path, signum: signal.Signals, command: list[str]
+    here: Path, signum: signal.Signals, command: list[str], times: int
 ) -> None:
     """Each child goes on where the one before stood; the last one's store is an undisturbed one."""
-    name = command[0]
+    name = f"{command[0]}-{times}-{signum.name}"
     assert main([*command, f"store.path=whole-{name}"]) == 0
     mine = [*command, f"store.path=broken-{name}"]
     generator = random.Random(0)
-    delays = ",".join(f"{0.3 + 0.8 * generator.random():.3f}" for _ in range(4))
+    delays = ",".join(f"{0.3 + 0.8 * generator.random():.3f}" for _ in range(times + 1))
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(int(signum)), delays, *mine],
         capture_output=True,
