@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raykernel.compute.tensorfile import read_tensors, write_tensors
-from raykernel.errors import InputError
+from raykernel.errors import BlockCorruptError, InputError
 from raykernel.location import StorePath
 from raykernel.problem.probe import Head
 from raykernel.problem.readout import Probed
@@ -29,8 +29,23 @@ def read_head(path: StorePath) -> Head:
 
     Returns:
         The head.
+
+    Raises:
+        BlockCorruptError: if the file holds something else.
     """
     tensors, _ = read_tensors(path)
+    found = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    outputs = tensors["weight"].shape[:1] if "weight" in tensors else ()
+    if (
+        found.keys() != {"weight", "bias"}
+        or any(dtype is not torch.float32 for dtype, _ in found.values())
+        or tensors["weight"].ndim != 2
+        or tensors["bias"].shape != outputs
+    ):
+        raise BlockCorruptError(
+            f"{path}: holds {found}, expected weight and bias of a linear head. Delete it, then "
+            "run its configuration again."
+        )
     return Head(tensors["weight"].numpy(), tensors["bias"].numpy())
 
 

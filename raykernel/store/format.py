@@ -64,7 +64,11 @@ def format_table(table: pa.Table, fmt: Format = Format.table, *, width: int | No
     if fmt is Format.csv:
         return _csv(table)
     if fmt is Format.json:
-        return json.dumps(_plain(table.to_pylist()), indent=1, ensure_ascii=False) + "\n"
+        columns = [_values(column) for column in table.columns]
+        rows = [
+            dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)
+        ]
+        return json.dumps(_plain(rows), indent=1, ensure_ascii=False) + "\n"
     return _aligned(table, width)
 
 
@@ -85,12 +89,20 @@ def _aligned(table: pa.Table, width: int | None) -> str:
     for name, column in zip(table.column_names, table.columns, strict=True):
         numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
         grid.add_column(visible(name), justify="right" if numeric else "left", overflow="fold")
-    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+    for row in zip(*map(_values, table.columns), strict=True):
         grid.add_row(*(visible(_cell(value)) for value in row))
     sink = io.StringIO()
     console = Console(file=sink, width=width or 10_000, markup=False, highlight=False, emoji=False)
     console.print(grid)
     return "".join(f"{line.rstrip()}\n" for line in sink.getvalue().splitlines())
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values; times after the year 9999, which Python does not have, as text."""
+    try:
+        return list(column.to_pylist())
+    except (OverflowError, ValueError):
+        return list(column.cast(pa.string()).to_pylist())
 
 
 def _cell(value: object) -> str:

@@ -270,7 +270,8 @@ def read_key(root: StorePath, table: str, key: dict[str, Any]) -> list[dict[str,
         except FileNotFoundError:  # compacted meanwhile
             continue
         rows = newest_rows(parts, spec)
-        found: list[dict[str, Any]] = rows.select(spec.schema.names).to_pylist()
+        with _damage_of(table_folder(root, table)):  # a time may be none that Python knows
+            found: list[dict[str, Any]] = rows.select(spec.schema.names).to_pylist()
         return found
 
 
@@ -465,7 +466,9 @@ def _damage_of(path: StorePath) -> Iterator[None]:
     """Say of whatever goes wrong that it is a file's damage."""
     try:
         yield
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+    except (
+        pa.ArrowException, OSError, LookupError, OverflowError, TypeError, ValueError
+    ) as error:  # fmt: skip
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BlockCorruptError(
             f"{path}: damaged or foreign ({reason}). Expected a result that raykernel wrote. Run "

@@ -371,3 +371,11 @@ def test_table_is_aligned_text() -> None:
     assert lines[1].split(maxsplit=2) == ["0.1235", "1", '["a", "b"]']
     assert not any(line.endswith(" ") for line in lines)
     assert format_table(TABLE.slice(0, 0)).split() == TABLE.column_names
+
+
+@pytest.mark.parametrize("fmt", [Format.table, Format.json, Format.csv])
+def test_a_time_that_python_does_not_know_is_shown(asked: Store, fmt: Format) -> None:
+    rows = query(
+        "SELECT timestamp '200000-01-01' AS late, 1 AS one, DATE '12026-01-01' AS day", asked.path
+    )
+    assert "out of range" in format_table(rows, fmt)
