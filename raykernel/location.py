@@ -273,7 +273,7 @@ def location(address: str | Path | RemotePath) -> StorePath:
         local = text.partition(_MARK)[2] or text
         return Path(local).expanduser().absolute()
     protocol, _, key = text.partition(_MARK)
-    if "?" in key or "#" in key or "::" in text or has_credentials(text):
+    if "?" in key or "#" in key or "::" in key or has_credentials(text):
         # Without the rest, which may be a secret.
         protocol = protocol.rpartition(":")[2]
         raise InputError(
