@@ -175,6 +175,9 @@ def main() -> int:
     except KeyboardInterrupt:
         say("Interrupted: the same command plays what is left.")
         return 130
+    except ChaosError as error:  # of a run that nobody disturbed, or of the cluster's own end
+        say(f"Stopped, the same command plays what is left: {error}")
+        return 1
     found = known(file)
     lines = [found[seed] for seed in wanted]
     figures = table(lines)

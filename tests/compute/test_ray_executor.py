@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -252,12 +253,19 @@ def test_an_address_of_another_form_is_refused(address: str) -> None:
         check_address(address)
 
 
-def test_an_address_where_nothing_answers_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raykernel.compute.address.ANSWER_SECONDS", 3.0)
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(InputError, match="no Ray cluster answered in 3 s"):
+    with pytest.raises(InputError, match="nothing listens there"):
         check_address("127.0.0.1:1")
     assert time.monotonic() - start < 10
+
+
+def test_a_listener_that_is_no_cluster_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raykernel.compute.address.ANSWER_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        with pytest.raises(InputError, match="no Ray cluster answered in 3 s"):
+            check_address(f"{host}:{port}")
 
 
 def test_a_cluster_that_answers_is_accepted() -> None:
