@@ -72,7 +72,9 @@ def disk(request: pytest.FixtureRequest, here: Path) -> Iterator[tuple[Path, lis
     folder.rmdir()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["kernel", "sweep", pytest.param("finetune", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_said_and_with_space_the_same_command_goes_on(
     here: Path, disk: tuple[Path, list[object]], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +97,7 @@ def test_a_full_disk_is_said_and_with_space_the_same_command_goes_on(
 # ---------------------------------------------------------------- read-only
 
 
-@pytest.fixture(params=["permissions", "mount"])
+@pytest.fixture(params=["permissions", pytest.param("mount", marks=pytest.mark.slow)])
 def archive(request: pytest.FixtureRequest, here: Path) -> Iterator[Path]:
     """A store with a kernel and a trial, which cannot be written to."""
     store = here / "archive"
@@ -139,9 +141,6 @@ def test_a_read_only_store_can_be_read(
         ),
     ],
     ids=["kernel", "blocks", "finetune", "sweep", "behavior", "select"],
-)
-@pytest.mark.parametrize(
-    "archive", ["permissions", pytest.param("mount", marks=pytest.mark.slow)], indirect=True
 )
 def test_writing_to_a_read_only_store_is_refused_before_any_work(
     archive: Path, command: list[str], capsys: pytest.CaptureFixture[str]
