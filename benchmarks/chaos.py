@@ -105,8 +105,8 @@ def table(lines: Sequence[Line]) -> Table:
     for name, of in FIGURES.items():
         made.add(name, *(of(some) if some else "" for some in (*by_engine, lines)))
     made.note(
-        "Seconds lost: all runs of a scenario together, beyond one that nobody disturbs. A dead "
-        "node is noticed after 2 s here, after 15 s by Ray's defaults."
+        "Seconds lost: all runs of a scenario until one ends, beyond one that nobody disturbs. A "
+        "dead node is noticed after 2 s here, after 15 s by Ray's defaults."
     )
     made.note("Runs begun under Ray Tune are not counted.")
     return made

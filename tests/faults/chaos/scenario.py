@@ -54,7 +54,7 @@ class Found:
     kills: dict[str, int] = field(default_factory=dict)
     """By victim."""
     restarts: int = 0
-    """Drivers started again."""
+    """Drivers started again, until one was left to end."""
     blocks_again: int = 0
     """Blocks that were begun and not committed, so that they were begun again."""
     runs_again: int = 0
@@ -62,7 +62,7 @@ class Found:
     temporaries: int = 0
     """Files that writers left half written."""
     seconds: float = 0.0
-    """Of all runs together."""
+    """Of all runs together, up to the first that ended by itself."""
     story: list[str] = field(default_factory=list)
     """What happened, one line each."""
     wrong: list[str] = field(default_factory=list)
@@ -157,16 +157,19 @@ class Scene:
         self._begun = self.folder / "begun.txt"
         self._begun.touch()
         self._starts = 0
+        self._is_whole = False
         self.found = Found(seed, engine)
 
     def play(self, strikes: Sequence[Strike]) -> None:
         """One run of both commands, struck as planned; then what was committed is as it was."""
-        if self._starts:
-            self.found.restarts += 1
         self._starts += 1
         before = Snapshot.of(self.store)
         seen = _Struck(self, strikes)
-        self.found.seconds += seen.run()
+        seconds = seen.run()
+        if not self._is_whole:  # else it had nothing left to do
+            self.found.seconds += seconds
+            self.found.restarts += self._starts > 1
+        self._is_whole = not seen.is_killed
         for snapshot in (before, *seen.snapshots):
             if lost := snapshot.lost(Snapshot.of(self.store)):
                 raise ChaosError(f"committed and not as it was: {', '.join(lost[:5])}")
@@ -219,16 +222,18 @@ class _Struck:
         self._due: float | None = None
         self.snapshots: list[Snapshot] = []
         """Of what was committed at every strike."""
+        self.is_killed = False
+        """Whether the driver was."""
 
     def run(self) -> float:
         """Play it to the end of its last process; seconds until the driver's end."""
-        driver, killed = self._scene.start(), False
+        driver = self._scene.start()
         try:
             while driver.is_alive():
                 self._clock.tick()
                 self._scene.nodes.replace(self._clock.seconds)
                 if self._waiting and self._is_due(self._waiting[0]):
-                    killed = self._strike(driver) or killed
+                    self._strike(driver)
                 if self._clock.seconds > PATIENCE_SECONDS:
                     self._give_up(driver)
                 time.sleep(_POLL_SECONDS)
@@ -238,7 +243,7 @@ class _Struck:
         seconds = self._clock.seconds
         self._scene.nodes.replace()
         self._wait_until_gone()
-        if driver.exitcode != (-signal.SIGKILL if killed else 0):
+        if driver.exitcode != (-signal.SIGKILL if self.is_killed else 0):
             raise ChaosError(f"the driver ended with {driver.exitcode}; see {self._scene.screen}")
         return seconds
 
@@ -253,8 +258,8 @@ class _Struck:
                 self._due = self._clock.seconds + strike.delay
         return self._due is not None and self._clock.seconds >= self._due
 
-    def _strike(self, driver: BaseProcess) -> bool:
-        """Kill; whether it was the driver. A worker that is not there yet is waited for."""
+    def _strike(self, driver: BaseProcess) -> None:
+        """Kill; a worker that is not there yet is waited for."""
         strike, scene = self._waiting[0], self._scene
         done, snapshot = steps(scene.store), Snapshot.of(scene.store)
         if strike.victim is Victim.driver:
@@ -268,7 +273,7 @@ class _Struck:
         else:
             struck = scene.nodes.kill_worker(strike.choice)
         if struck is None:
-            return False
+            return
         self._waiting.popleft()
         self._due = None
         self.snapshots.append(snapshot)
@@ -277,8 +282,8 @@ class _Struck:
         at = f"{self._clock.seconds:.1f} s, {done} of {job.NUM_STEPS} commits"
         scene.say(f"{strike.victim.value} killed at {at}: {struck}")
         if strike.victim is Victim.driver:
+            self.is_killed = True
             driver.join()
-        return strike.victim is Victim.driver
 
     # ------------------------------------------------------------ ending
 
