@@ -29,7 +29,8 @@ FINETUNE = ["finetune", *DATA[:-1], "training=adam", "training.steps=30", "train
 
 INTERRUPTED = """
 import glob, os, signal, sys, time
-import psutil, raykernel.pipeline, raykernel.trials, raykernel.training.trial, raykernel.compute.worker
+import psutil
+import raykernel.pipeline, raykernel.trials, raykernel.training.trial, raykernel.compute.worker
 from raykernel.cli import main
 
 signum, delays, command = int(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
@@ -49,7 +50,7 @@ for number, delay in enumerate(delays):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print("ended", code, file=sys.stderr, flush=True)
 """
-"""Interrupts one child after the other, at a moment or when a checkpoint is there; the last ends."""
+"""Interrupts one child after the other, at a moment or at a checkpoint, and lets the last end."""
 
 
 @pytest.fixture(scope="module")
