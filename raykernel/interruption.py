@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BASE = 128
 """Exit code of a process that a signal ended, less its number."""
+_SOON_SECONDS = 0.05
 
 
 @dataclass(slots=True)
@@ -26,6 +29,8 @@ class Interruption:
 
     code: int | None = None
     """Exit code: 130 after Ctrl-C, 143 after SIGTERM; None: it was not."""
+    hook: Callable[[Any], Any] = field(default_factory=lambda: sys.unraisablehook)
+    """Told of everything else that Python drops."""
 
     def first(self, signum: int, frame: FrameType | None) -> None:
         """Unwind."""
@@ -33,6 +38,13 @@ class Interruption:
         self.code = _BASE + signum
         end_at_next()
         raise KeyboardInterrupt
+
+    def swallowed(self, unraisable: Any) -> None:
+        """Unwind later: Python drops what is raised while it deletes an object (`__del__`)."""
+        if self.code is not None and unraisable.exc_type is KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS)
+        else:
+            self.hook(unraisable)
 
 
 @contextlib.contextmanager
@@ -51,9 +63,13 @@ def interruptible(*, lasts: bool) -> Iterator[Interruption]:
         yield found
         return
     before = {signum: signal.signal(signum, found.first) for signum in _SIGNALS}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _again)
+    sys.unraisablehook = found.swallowed
     try:
         yield found
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = found.hook
         if lasts:
             end_at_next()
         for signum, handler in before.items() if not lasts else ():
@@ -64,6 +80,12 @@ def end_at_next() -> None:
     """Have the next signal end this process at once."""
     for signum in _SIGNALS:
         signal.signal(signum, _end)
+
+
+def _again(signum: int, frame: FrameType | None) -> None:
+    """Unwind, where the first try was swallowed."""
+    del signum, frame
+    raise KeyboardInterrupt
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -29,8 +29,8 @@ FINETUNE = ["finetune", *DATA[:-1], "training=adam", "training.steps=30", "train
 
 INTERRUPTED = """
 import glob, os, signal, sys, time
-import psutil, raykernel.pipeline, raykernel.trials, raykernel.training.trial
-import raykernel.compute.worker
+import psutil
+import raykernel.pipeline, raykernel.trials, raykernel.training.trial, raykernel.compute.worker
 from raykernel.cli import main
 
 signum, delays, command = int(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
@@ -50,7 +50,7 @@ for number, delay in enumerate(delays):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print("ended", code, file=sys.stderr, flush=True)
 """
-"""Interrupts one child after the other, at a moment or at a checkpoint; the last ends."""
+"""Interrupts one child after the other, at a moment or at a checkpoint, and lets the last end."""
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +136,40 @@ def test_the_second_signal_ends_at_once_with_all_that_was_started(signum: signal
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+DEAF = """
+import time
+from raykernel.interruption import interruptible
+
+class Deaf:
+    def __del__(self):
+        print("deleting", flush=True)
+        time.sleep(1000)
+
+with interruptible(lasts=True) as interruption:
+    try:
+        Deaf()
+        time.sleep(1000)
+    except KeyboardInterrupt:
+        print("unwinding", interruption.code, flush=True)
+"""
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_a_signal_while_an_object_is_deleted_is_not_lost(signum: signal.Signals) -> None:
+    """Python prints and drops what `__del__` raises."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "deleting\n"
+        process.send_signal(signum)
+        assert process.communicate() == (f"unwinding {CODES[signum]}\n", "")
+
+
 def test_signals_do_afterwards_what_they_did_before(here: Path) -> None:
-    before = [signal.getsignal(signum) for signum in CODES]
+    before = [signal.getsignal(signum) for signum in CODES], sys.unraisablehook
     assert main(["list", "tasks"]) == 0
-    assert [signal.getsignal(signum) for signum in CODES] == before
+    assert ([signal.getsignal(signum) for signum in CODES], sys.unraisablehook) == before
 
 
 @pytest.mark.ray
