@@ -29,25 +29,6 @@ from raykernel.sweep import load_study
 from raykernel.terms import Cause, Command, Direction, RunStatus
 from tests import tiny
 
-STUDY = """
-from raykernel.study import Arm, Line, Study, TaskTable
-from raykernel.terms import Command
-
-study = Study(
-    question="Which rate?",
-    base={
-        "task": "file", "task.train": "reviews.tsv", "task.text": "[review]",
-        "task.label": "rating", "task.k": "2", "task.test_limit": "6", "model": "hf",
-        "model.name": "tiny", "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}", "training.steps": "2",
-        "training.eval_every": "1", "training.batch_size": "2", "training.keep_weights": "false",
-        "store.path": "store",
-    },
-    space={"task.seed": "13,21"},
-    arms=[Arm("SGD", Command.finetune, {"training": "sgd"}, {"training.learning_rate": "1,2"})],
-    table=TaskTable([Line("SGD", "SGD", "finetuned")], title="Test", by=[]),
-)
-"""
 RATES = "training.learning_rate=tag(log,interval(1e-3,1e-1))"
 
 
@@ -57,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(model)
     (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "rates.py").write_text(STUDY, encoding="utf-8")
+    (tmp_path / "sweeps" / "rates.py").write_text(tiny.study("1,2", steps=2), encoding="utf-8")
     tiny.write_reviews(tmp_path / "reviews.tsv")
     return tmp_path
 

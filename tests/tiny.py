@@ -56,6 +56,37 @@ def write_reviews(path: Path, num: int = 60, seed: int = 0) -> Path:
     return path
 
 
+def study(rates: str, *, steps: int) -> str:
+    """A study of short fine-tuning runs on `reviews.tsv`: two samples, some learning rates.
+
+    Args:
+        rates: values of `training.learning_rate`.
+        steps: of every run.
+
+    Returns:
+        The text of its file.
+    """
+    base = overrides("tiny", task__k="2", task__test_limit="6", store__path="store")
+    training = {"steps": str(steps), "eval_every": "1", "batch_size": "2", "keep_weights": "false"}
+    base += [f"training.{key}={value}" for key, value in training.items()]
+    return _STUDY.format(base=dict(one.split("=", 1) for one in base), rates=rates)
+
+
+_STUDY = """
+from raykernel.study import Arm, Line, Study, TaskTable
+from raykernel.terms import Command
+
+study = Study(
+    question="Which rate?",
+    base={base!r},
+    space={{"task.seed": "13,21"}},
+    arms=[Arm("SGD", Command.finetune, {{"training": "sgd"}},
+              {{"training.learning_rate": {rates!r}}})],
+    table=TaskTable([Line("SGD", "SGD", "finetuned")], title="Test", by=[]),
+)
+"""
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in RoBERTa's style, trained on the reviews."""
     inner = Tokenizer(models.BPE(unk_token="<unk>"))

@@ -17,25 +17,7 @@ KERNEL = [
     'prompt.template="{review} It was {label}."',
     *("prompt.words={negative: terrible, positive: great}", "kernel.block_size=4"),
 ]
-STUDY = """
-from raykernel.study import Arm, Line, Study, TaskTable
-from raykernel.terms import Command
-
-study = Study(
-    question="Which rate?",
-    base={
-        "task": "file", "task.train": "reviews.tsv", "task.text": "[review]",
-        "task.label": "rating", "task.k": "2", "task.test_limit": "6", "model": "hf",
-        "model.name": "tiny", "prompt.template": '"{review} It was {label}."',
-        "prompt.words": "{negative: terrible, positive: great}", "training.steps": "3",
-        "training.eval_every": "1", "training.batch_size": "2", "training.keep_weights": "false",
-    },
-    space={"task.seed": "13,21"},
-    arms=[Arm("SGD", Command.finetune, {"training": "sgd"},
-              {"training.learning_rate": ",".join(f"{n}e-3" for n in range(1, 13))})],
-    table=TaskTable([Line("SGD", "SGD", "finetuned")], title="Test", by=[]),
-)
-"""
+RATES = ",".join(f"{n}e-3" for n in range(1, 13))
 
 
 def prepare(folder: Path, *, hidden_size: int = 64, num_hidden_layers: int = 4) -> None:
@@ -46,4 +28,4 @@ def prepare(folder: Path, *, hidden_size: int = 64, num_hidden_layers: int = 4) 
     )
     tiny.write_reviews(folder / "reviews.tsv", num=200)
     (folder / "sweeps").mkdir()
-    (folder / "sweeps" / "rates.py").write_text(STUDY, encoding="utf-8")
+    (folder / "sweeps" / "rates.py").write_text(tiny.study(RATES, steps=3), encoding="utf-8")
