@@ -137,7 +137,7 @@ def check_tensors(path: StorePath) -> None:
     try:
         with local_copy(path) as copy, copy.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            header = json.loads(file.read(min(length, copy.stat().st_size)))
+            header = json_object(file.read(min(length, copy.stat().st_size)))
             found = header["__metadata__"].pop(SEAL)
             digest = xxhash.xxh3_128(json.dumps(header, sort_keys=True))
             while chunk := file.read(_CHUNK_BYTES):
