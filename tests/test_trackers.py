@@ -11,7 +11,6 @@ from raykernel.cli import main
 from raykernel.store.blocks import Store
 from raykernel.study import Row
 from tests import tiny
-from tests.test_engines import STUDY
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
         patch.setenv("WANDB_MODE", "offline")
         (folder / "tiny").symlink_to(model)
         (folder / "sweeps").mkdir()
-        (folder / "sweeps" / "rates.py").write_text(STUDY, encoding="utf-8")
+        (folder / "sweeps" / "rates.py").write_text(tiny.study("1,2", steps=2), encoding="utf-8")
         tiny.write_reviews(folder / "reviews.tsv")
         tell = "sweep.trackers=[tensorboard,mlflow,wandb]"
         rates = "training.learning_rate=1,2,1e30"

@@ -30,7 +30,6 @@ from raykernel.terms import Command, TrackerName
 from raykernel.trackers import TensorBoardTracker, open_trackers
 from tests import s3, tiny
 from tests.store import stores
-from tests.test_engines import STUDY
 
 ROOT = Path(__file__).parents[2]
 
@@ -305,7 +304,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(model)
     (tmp_path / "sweeps").mkdir()
-    (tmp_path / "sweeps" / "rates.py").write_text(STUDY, encoding="utf-8")
+    (tmp_path / "sweeps" / "rates.py").write_text(tiny.study("1,2", steps=2), encoding="utf-8")
     tiny.write_reviews(tmp_path / "reviews.tsv")
     return tmp_path
 
