@@ -10,6 +10,11 @@ from tests import tiny, typed
 
 typed.install("raykernel")
 
+# Before Ray is imported: no token in $HOME. And one mode for all clusters that this process starts
+# in turn: Ray keeps the first, and the actors of a cluster of another mode die at once.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -28,8 +33,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
     """Ray on this machine, with room for the actors of `ray_run` and of another executor."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: no token in $HOME
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
     ray.init(
