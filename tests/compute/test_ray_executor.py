@@ -109,7 +109,8 @@ def test_a_worker_that_stands_still_is_replaced(
     }
     frozen, other = Path(tmp_path, "ran-3").read_text().split()
     assert frozen != other
-    assert outcomes[3].attempts == 2
+    # One job is charged with the loss; those that waited behind it are not.
+    assert sorted(outcome.attempts for outcome in outcomes.values()) == [1] * 5 + [2]
     (text,) = [text for text in said if "hung" in text]
     assert text.startswith("A worker hung (no sign of life for ")
     assert "raise compute.heartbeat_seconds" in text
@@ -377,10 +378,21 @@ def check_nobody_gets_in_without_the_token(processes: list[psutil.Process], fold
     assert 8265 not in ports
     for port in ports:
         for path in ("/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"):
-            request = Request(f"http://{address.rpartition(':')[0]}:{port}{path}", data=b"{}")
-            with pytest.raises((HTTPError, OSError, HTTPException)) as refusal:
-                urlopen(request, timeout=20)
-            assert getattr(refusal.value, "code", 401) in (401, 404, 405)
+            status = posted(f"http://{address.rpartition(':')[0]}:{port}{path}")
+            assert status in (None, 401, 404, 405)
+
+
+def posted(url: str) -> int | None:
+    """What a server answers to a request without a token; None if it speaks no HTTP."""
+    try:
+        with urlopen(Request(url, data=b"{}"), timeout=20) as answer:
+            return int(answer.status)
+    except HTTPError as refusal:
+        # Holds the connection open until it is closed itself.
+        with refusal:
+            return refusal.code
+    except (OSError, HTTPException):
+        return None
 
 
 def alive(process: psutil.Process) -> bool:
