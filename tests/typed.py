@@ -3,15 +3,17 @@
 jaxtyping's own import hook wraps every function there is, nested ones each time they are made,
 and made the suite four times as slow. Here a function is wrapped for shapes only if its signature
 has some; any other of a module or a class is checked by beartype alone, which costs next to
-nothing.
+nothing. And of a function that is called all the time, most calls go unchecked.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
+import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
@@ -21,6 +23,8 @@ from beartype import beartype
 from jaxtyping import AbstractArray, AbstractDtype, jaxtyped
 
 _DECORATOR = "__checked__"
+_FIRST, _EVERY = 50, 10
+"""Calls of a function in a process that are checked: so many, then each so many-th."""
 
 
 def install(package: str) -> None:
@@ -31,9 +35,22 @@ def install(package: str) -> None:
 
 def checked(thing: Any) -> Any:
     """A function or class whose annotations hold, or `jaxtyping.TypeCheckError` is raised."""
-    if _has_shapes(thing):
-        return jaxtyped(thing, typechecker=beartype)
-    return thing if isinstance(thing, type) else beartype(thing)
+    if not _has_shapes(thing):
+        return thing if isinstance(thing, type) else beartype(thing)
+    wrapped = jaxtyped(thing, typechecker=beartype)
+    return wrapped if isinstance(thing, type) else _sampled(thing, wrapped)
+
+
+def _sampled(plain: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose first calls are checked, and then some."""
+    calls = itertools.count()
+
+    @functools.wraps(plain)
+    def sampled(*args: Any, **kwargs: Any) -> Any:
+        call = next(calls)
+        return (wrapped if call < _FIRST or not call % _EVERY else plain)(*args, **kwargs)
+
+    return sampled
 
 
 def _has_shapes(thing: Any) -> bool:

@@ -271,6 +271,7 @@ def test_memory_is_flat_and_time_linear_in_the_rows(tmp_path: Path) -> None:
     assert sum(seconds[-5:]) < 2 * sum(seconds[1:6])
 
 
+@pytest.mark.slow
 def test_a_projected_kernel_stays_inside_the_memory(tmp_path: Path) -> None:
     """Factors of 48 examples would be 240 MiB, those of a block 40 MiB; sketches are 12 MiB."""
     sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768}

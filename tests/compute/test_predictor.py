@@ -242,6 +242,8 @@ def measured(
         capture_output=True,
         text=True,
         cwd=ROOT,
+        # One arena: another thread's would take 64 MiB of addresses whenever it begins to allocate.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found: list[dict[str, object]] = json.loads(done.stdout)
@@ -251,7 +253,7 @@ def measured(
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size from /proc")
 def test_when_memory_runs_out_batches_are_halved(tmp_path: Path) -> None:
     # First with little memory: what was free before would lie inside the limit.
-    little, plenty = measured(tmp_path, 36 * MIB, 0, length=300)
+    little, plenty = measured(tmp_path, 56 * MIB, 0, length=300)
     assert (plenty["halved"], plenty["batch"]) == (0, 8)
     assert little["halved"]
     expected, found = np.array(plenty["fitted"]), np.array(little["fitted"])

@@ -86,6 +86,7 @@ def test_killed_before_every_rename_and_run_again_is_the_undisturbed_run(here):
     assert_same(here, "dying")
 
 
+@pytest.mark.slow
 def test_a_twin_killed_before_every_rename_is_the_undisturbed_one(here):
     command = [*COMMAND, "training.dropout=false", "training.twin=true"]
     command += ["training.steps=18", "training.eval_every=3"]
@@ -108,6 +109,7 @@ def test_a_twin_killed_before_every_rename_is_the_undisturbed_one(here):
     )
 
 
+@pytest.mark.slow
 def test_killed_at_some_instant_and_run_again_is_the_undisturbed_run(here):
     command = [sys.executable, "-m", "raykernel", *COMMAND, "store.path=killed"]
     process = subprocess.Popen(command, cwd=here, stderr=subprocess.PIPE)
