@@ -15,7 +15,13 @@ from raykernel.ntk.capture import Tracer
 from raykernel.problem.probe import Head
 from raykernel.problem.readout import at_position
 from raykernel.terms import Kind
-from tests import cases
+from tests import cases, typed
+
+
+@pytest.fixture(autouse=True)
+def every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a function was called before."""
+    monkeypatch.setattr(typed, "EVERY", 1)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 1)])

@@ -23,7 +23,7 @@ from beartype import beartype
 from jaxtyping import AbstractArray, AbstractDtype, jaxtyped
 
 _DECORATOR = "__checked__"
-_FIRST, _EVERY = 50, 10
+_FIRST, EVERY = 50, 10
 """Calls of a function in a process that are checked: so many, then each so many-th."""
 
 
@@ -48,7 +48,7 @@ def _sampled(plain: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable
     @functools.wraps(plain)
     def sampled(*args: Any, **kwargs: Any) -> Any:
         call = next(calls)
-        return (wrapped if call < _FIRST or not call % _EVERY else plain)(*args, **kwargs)
+        return (wrapped if call < _FIRST or not call % EVERY else plain)(*args, **kwargs)
 
     return sampled
 
