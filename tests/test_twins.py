@@ -340,6 +340,7 @@ def test_a_twin_that_diverges_ends_with_code_1_and_leaves_the_trial(model, here,
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_on_ray_it_is_the_same_to_the_bit(model, here):
     inline = run(model)
     remote = run(model, compute="ray", **{"store.path": "other"})

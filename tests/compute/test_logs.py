@@ -59,6 +59,7 @@ json.dump(found, sys.stdout)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_local_cluster_bounds_its_logs_and_says_that_memory_ran_out(tmp_path: Path) -> None:
     """3 MB printed, two files of 100 kB kept; and every process is beyond a limit of 0.1 %."""
     environment = {

@@ -204,7 +204,7 @@ def test_actors_that_still_work_end_with_their_run_and_idle_ones_with_the_execut
     executor: Executors, ray_compute: ComputeConfig, tmp_path: Path
 ) -> None:
     made, toy = executor(ray_compute), Toy(str(tmp_path))
-    idle = {outcome.value()[0] for outcome in made.run(toy.hold, range(8))}
+    idle = {outcome.value() for outcome in made.run(toy.meet, range(8))}
     outcomes = made.run(toy.slow, range(50))
     next(outcomes)
     outcomes.close()

@@ -141,6 +141,7 @@ def test_every_example_is_captured_once_while_its_sketch_is_kept(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_workers_on_ray_give_the_bits_of_one_inline(
     tmp_path: Path, model: ModelConfig, ray_run: Callable[..., Iterator[object]]
 ) -> None:

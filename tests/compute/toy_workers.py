@@ -59,6 +59,17 @@ class Toy:
         holder.own = holder
         return holder.work
 
+    def meet(self) -> Callable[[int], int]:
+        """A job says its process, once two processes do jobs."""
+
+        def work(job: int) -> int:
+            Path(self.folder, f"met-{os.getpid()}").touch()
+            while len(list(Path(self.folder).glob("met-*"))) < 2:
+                time.sleep(0.05)
+            return os.getpid()
+
+        return work
+
     # ---------------------------------------------------- failing in the code
 
     def fail(self) -> Callable[[int], int]:

@@ -82,6 +82,7 @@ def assert_whole(here: Path, store: str, before: dict[str, Row]) -> None:
     assert not list((here / store / "trials").rglob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_at_random_loses_nothing(made):
     """Two kills, each after a few more runs; runs are done in the driver's own process."""
     generator = random.Random(0)

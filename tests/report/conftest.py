@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from raykernel.cli import main
 from raykernel.report.write import report
@@ -54,8 +55,21 @@ def settings(model: Path, **changes: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The reports of one store with rows in every table."""
-    folder, before = tmp_path_factory.mktemp("report"), Path.cwd()
+    """The reports of one store with rows in every table; one for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "report"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "filled").exists():
+            folder.mkdir()
+            fill(folder)
+            (folder / "filled").touch()
+    pages = (folder / name / "index.html" for name in ("whole", "pull"))
+    return Made(folder, *pages)
+
+
+def fill(folder: Path) -> None:
+    """Run the commands, and write both reports."""
+    before = Path.cwd()
     model = tiny.save_masked_lm(folder / "model", num_hidden_layers=2)
     tiny.write_reviews(folder / "reviews.tsv")
     (folder / "sweeps").mkdir()
@@ -75,11 +89,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         assert main(["select", *own, "select.candidates=module", "select.max_size=2"]) == 0
         assert main(["behavior", *own, "training.learning_rate=0.05"]) == 0
         write_nasty(Store("store"))
-        whole = report("store", Path("whole"), made_by="raykernel 0")
-        study = report("store", Path("pull"), study="pull", made_by="raykernel 0")
+        report("store", Path("whole"), made_by="raykernel 0")
+        report("store", Path("pull"), study="pull", made_by="raykernel 0")
     finally:
         os.chdir(before)
-    return Made(folder, folder / whole, folder / study)
 
 
 def write_nasty(store: Store) -> None:

@@ -357,8 +357,9 @@ def test_the_command_prints_the_page(made, tmp_path, capsys):
         (["--out", "reviews.tsv/page"], "cannot be written"),
     ],
 )
-def test_what_cannot_be_reported_is_said(made, arguments, message, capsys):
-    Store(made.folder / "empty").create()
+def test_what_cannot_be_reported_is_said(made, tmp_path, arguments, message, capsys):
+    Store(tmp_path / "empty").create()
+    arguments = [str(tmp_path / "empty") if text == "empty" else text for text in arguments]
     given = arguments if "--store" in arguments else [*arguments, "--store", "store"]
     assert main(["report", *given]) == 2
     assert message in capsys.readouterr().err

@@ -399,6 +399,7 @@ def test_a_killed_study_goes_on_to_the_same_results(
     assert verify(place).ok
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_its_journal(
     here: Path, place: RemotePath, capsys: pytest.CaptureFixture[str]
 ) -> None:
