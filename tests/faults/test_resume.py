@@ -19,8 +19,6 @@ from raykernel.store.blocks import open_store
 from raykernel.store.query import query
 from tests.faults.problem import KERNEL, NUM_BLOCKS, NUM_PREDICTIONS, prepare
 
-pytestmark = pytest.mark.ray
-
 
 class Run:
     """The command on two Ray workers, in a process of its own."""
@@ -92,10 +90,14 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(folder, first_blocks, screens)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_killed_workers_are_replaced_within_the_run(story: Story) -> None:
     assert "A worker died" in story.screens[0]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_what_was_stored_is_not_computed_again(story: Story) -> None:
     assert 5 <= len(story.first_blocks) < NUM_BLOCKS
     assert f"{len(story.first_blocks)} of {NUM_BLOCKS} blocks are stored" in story.screens[1]
@@ -104,6 +106,8 @@ def test_what_was_stored_is_not_computed_again(story: Story) -> None:
     assert len(blocks) == NUM_BLOCKS
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(
     story: Story, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +116,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert main([*KERNEL, "store.path=whole"]) == 0
     whole, killed = (open_store(name).open() for name in ("whole", "killed"))
     assert whole.fingerprint == killed.fingerprint
-    known = whole.grid.train_and_dev
-    np.testing.assert_array_equal(whole.kernel(rows=known), killed.kernel(rows=known))
+    np.testing.assert_array_equal(train_and_dev("whole"), train_and_dev("killed"))
     np.testing.assert_array_equal(whole.logits(), killed.logits())
     for table in ("predictions", "kernels"):
         columns = {"predictions": "example, fitted", "kernels": "kernel_regression, dev"}[table]
@@ -121,21 +124,38 @@ def test_killed_and_resumed_equals_uninterrupted(
         assert query(sql, "whole").equals(query(sql, "killed"))
 
 
-def test_only_the_predictions_that_are_missing_are_computed(
-    story: Story, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_only_what_is_missing_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after a death between two of them: one, of four examples, is written before the next."""
-    monkeypatch.chdir(story.folder)
-    blocks, predictions = (files(story.folder, kind) for kind in ("block", "prediction"))
-    assert len(predictions) == NUM_PREDICTIONS
-    table = query("SELECT example, fitted FROM predictions ORDER BY 1", "killed")
-    for path in list((story.folder / "killed").rglob("prediction-*"))[3:5]:
+    """As after a death between two files, which come one by one."""
+    prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = [*KERNEL, "store.path=killed"]
+    assert main(command) == 0
+    sql = "SELECT example, fitted FROM predictions ORDER BY 1"
+    table, kernel = query(sql, "killed"), train_and_dev("killed")
+    names = sorted((tmp_path / "killed").rglob("block-*"))[2:7]
+    names += sorted((tmp_path / "killed").rglob("prediction-*"))[3:5]
+    for path in names:
         path.unlink()
-    left = files(story.folder, "prediction")
-    assert main([*KERNEL, "store.path=killed"]) == 0
+    left = [files(tmp_path, kind).items() for kind in ("block", "prediction")]
+    assert [len(found) for found in left] == [NUM_BLOCKS - 5, NUM_PREDICTIONS - 2]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert f"{NUM_BLOCKS - 5} of {NUM_BLOCKS} blocks are stored: computing 5." in said
+    assert "test predictions: 8/8" in said
+    assert all(path.exists() for path in names)
+    for kind, found in zip(("block", "prediction"), left, strict=True):
+        assert found <= files(tmp_path, kind).items()
+    assert query(sql, "killed").equals(table)
+    np.testing.assert_array_equal(train_and_dev("killed"), kernel)
+    assert main(command) == 0
     again = capsys.readouterr().err
-    assert "computing 0 blocks" in again
-    assert "test predictions: 8/8" in again
-    assert left.items() <= files(story.folder, "prediction").items()
-    assert query("SELECT example, fitted FROM predictions ORDER BY 1", "killed").equals(table)
-    assert files(story.folder, "block") == blocks
+    assert f"All {NUM_BLOCKS} blocks are stored" in again
+    assert "computing 0 predictions" in again
+
+
+def train_and_dev(store: str) -> np.ndarray:
+    """The blocks, put together."""
+    handle = open_store(store).open()
+    return handle.kernel(rows=handle.grid.train_and_dev)
