@@ -25,7 +25,7 @@ from raykernel.analysis.spectrum import RIDGE
 from raykernel.analysis.start import Baseline, Known, Start
 from raykernel.errors import InputError
 
-BATCH = 256
+BATCH = 128
 """Sets that are scored together at the most."""
 BATCH_BYTES = 16 << 20
 """Their kernels' memory at the most, in each thread."""
@@ -66,6 +66,11 @@ class Candidates:
     """Each one's kernel in the outputs that softmax sees."""
     _tops: Float[np.ndarray, " l"] = field(init=False, repr=False)
     """||K_l||_op of each."""
+    # A large set is made of hundreds of these, tens of thousands of times.
+    _kernels: tuple[Float[np.ndarray, "n c n c"], ...] = field(init=False, repr=False)
+    """`kernels`, taken apart."""
+    _texts: tuple[bytes, ...] = field(init=False, repr=False)
+    """`names`, encoded."""
 
     def __post_init__(self) -> None:
         count, n, c = self.kernels.shape[:3]
@@ -91,20 +96,23 @@ class Candidates:
         object.__setattr__(self, "sigma", self.ridge * mean)
         object.__setattr__(self, "_seen", seen.reshape(count, m, m))
         object.__setattr__(self, "_tops", np.linalg.eigvalsh(flat)[:, -1])
+        object.__setattr__(self, "_kernels", tuple(self.kernels))
+        object.__setattr__(self, "_texts", tuple(name.encode() for name in self.names))
 
-    def start(self, chosen: Chosen) -> Start:
+    def start(self, chosen: Chosen, known: Known | None = None) -> Start:
         """A set before training: K_S = Σ_{l ∈ S} K_l.
 
         Args:
             chosen: the set, not empty.
+            known: what of it has been found.
 
         Returns:
             What predictors score.
         """
-        text = f"{self.seed}/{'/'.join(self.names[i] for i in chosen)}".encode()
+        text = f"{self.seed}/".encode() + b"/".join(map(self._texts.__getitem__, chosen))
         digest = hashlib.blake2b(text, digest_size=6).digest()
         return Start(
-            tuple(self.kernels[i] for i in chosen),
+            tuple(map(self._kernels.__getitem__, chosen)),
             self.targets,
             self.f0,
             sigma=self.sigma,
@@ -117,6 +125,7 @@ class Candidates:
             num_parameters=self.cost(chosen),
             draw=int.from_bytes(digest, "little") / 2**48,
             baseline=self._baseline(chosen),
+            known=known,
         )
 
     def starts(self, sets: Sequence[Chosen], reads: Reads) -> list[Start]:
@@ -129,9 +138,8 @@ class Candidates:
         Returns:
             The same as `start` of each.
         """
-        found = [self.start(chosen) for chosen in sets]
         if not reads.is_of_kernel:
-            return found
+            return [self.start(chosen) for chosen in sets]
         # What all of them have in common is summed once.
         core = set.intersection(*map(set, sets))
         common = self._seen[sorted(core)].sum(axis=0)
@@ -145,7 +153,7 @@ class Candidates:
             known = list(map(Known, seen, np.linalg.eigvalsh(seen)))
         else:
             known = list(map(Known, seen, *np.linalg.eigh(seen)))
-        return [replace(start, known=own) for start, own in zip(found, known, strict=True)]
+        return list(map(self.start, sets, known))
 
     def of_examples(self, examples: Sequence[int]) -> Candidates:
         """The same candidates where train is some of its examples: sub-matrices of their kernels.
@@ -166,7 +174,7 @@ class Candidates:
 
     def cost(self, chosen: Chosen) -> int:
         """Parameters that a set would train."""
-        return sum(self.num_parameters[i] for i in chosen)
+        return sum(map(self.num_parameters.__getitem__, chosen))
 
     @property
     def batch(self) -> int:
@@ -227,7 +235,8 @@ class Scores:
 
     def of(self, chosen: Chosen) -> float:
         """Goodness of one set by the first predictor."""
-        self.score([chosen])
+        if chosen not in self.known:
+            self.score([chosen])
         return self.known[chosen][0]
 
     def score(self, sets: Sequence[Chosen]) -> None:
