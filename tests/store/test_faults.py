@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -18,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raykernel.errors import BlockCorruptError, InputError, StorageFullError
-from raykernel.store import arrowfile
+from raykernel.store import arrowfile, kernelfiles
 from raykernel.store.blocks import Store, open_store
-from raykernel.store.commit import commit
+from raykernel.store.commit import commit, commit_first
 from raykernel.store.grid import Grid
 from raykernel.store.sealed import seal, unseal
 from raykernel.store.verify import verify
@@ -206,6 +208,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting needs a privileged user")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_what_several_workers_measure_at_once_is_the_first_ones_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them find nothing, measure, and write: one file, and everybody goes on with it."""
+    handle = stores.begin(tmp_path)
+    everybody, written = threading.Barrier(8), list[int]()
+
+    def together(path: Path, payload: bytes) -> int:
+        everybody.wait(timeout=30)
+        written.append(commit_first(path, payload))
+        return written[-1]
+
+    monkeypatch.setattr(kernelfiles, "commit_first", together)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda own: handle.pin("rates", {"first": own}), range(8)))
+    assert len({one["first"] for one in found}) == 1
+    assert sorted(written)[:-1] == [0] * 7
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def test_leftovers_go_when_they_are_old(tmp_path: Path) -> None:
