@@ -3,7 +3,8 @@
 A worker computes the kernel of W4 (SmolLM2-135M, 16 drug reviews) from tracing the model to the
 stored block, and ridge regression is solved with it: with all checks and, in the same round,
 without. They are taken out here alone; a run cannot go without them. Seconds are the process's own,
-of one thread, so that what others do on the machine counts less.
+of one thread, so that what others do on the machine counts less. Two runs differ by more than the
+checks take, so that each check's own seconds are counted, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -47,12 +49,36 @@ off the maxima by which padding is dropped, and is no pass of its own."""
 
 
 @contextmanager
-def without_guards() -> Iterator[None]:
-    """Context in which nothing is checked."""
+def replaced(by: Callable[[str], object]) -> Iterator[None]:
+    """Context in which something stands in each check's place, by its name."""
     with ExitStack() as patches:
-        for module, name, nothing in GUARDS.values():
-            patches.enter_context(patch.object(module, name, nothing))
+        for name, (module, attribute, _) in GUARDS.items():
+            patches.enter_context(patch.object(module, attribute, by(name)))
         yield
+
+
+def without_guards() -> AbstractContextManager[None]:
+    """Context in which nothing is checked."""
+    return replaced(lambda name: GUARDS[name][2])
+
+
+def timed_guards(spent: dict[str, float]) -> AbstractContextManager[None]:
+    """Context in which each check's own seconds are added up."""
+
+    def timed(name: str) -> Callable[..., Any]:
+        module, attribute, _ = GUARDS[name]
+        check = getattr(module, attribute)
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = time.process_time()
+            try:
+                return check(*arguments, **named)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.process_time() - start
+
+        return run
+
+    return replaced(timed)
 
 
 def problem(memory_gb: float) -> Prepared:
@@ -83,9 +109,10 @@ def guard_table(rounds: int, say: Say, run: Callable[[], np.ndarray]) -> Table:
     """Seconds of a run with the checks and without, in turns after one that loads the model."""
     kernels = {"load": run()}
     seconds: dict[str, list[float]] = {"with": [], "without": []}
+    spent: dict[str, float] = {}
     for number in range(rounds):
         for name in sorted(seconds, reverse=bool(number % 2)):
-            with without_guards() if name == "without" else nullcontext():
+            with without_guards() if name == "without" else timed_guards(spent):
                 start = time.process_time()
                 kernels[name] = run()
                 seconds[name].append(time.process_time() - start)
@@ -98,6 +125,9 @@ def guard_table(rounds: int, say: Say, run: Callable[[], np.ndarray]) -> Table:
     bare, guarded = (statistics.median(seconds[name]) for name in ("without", "with"))
     table.add("without checks", f"{bare:.2f}", "1.000")
     table.add("with all checks", f"{guarded:.2f}", f"{statistics.median(ratios):.3f}")
+    own = {name: spent.get(name, 0.0) / rounds for name in GUARDS}
+    for name, mean in {"the checks themselves": sum(own.values()), **own}.items():
+        table.add(name, f"{mean:.4f}", f"{mean / bare:.4f}")
     same = np.array_equal(kernels["with"], kernels["without"])
     table.note(f"Kernels are the same to the bit: {'yes' if same else 'no'}.")
     table.note(f"Ratios by round: {', '.join(f'{ratio:.3f}' for ratio in ratios)}.")

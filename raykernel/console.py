@@ -136,13 +136,13 @@ class Screen:
                 raise
 
     def bar(self) -> Progress:
-        """A progress bar with count, rate and time left."""
+        """A progress bar with count, pace and time left."""
         return Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            RateColumn(),
+            PaceColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -186,12 +186,12 @@ class SharedScreen(Screen):
         """Nothing."""
 
 
-class RateColumn(ProgressColumn):
-    """Finished work per second."""
+class PaceColumn(ProgressColumn):
+    """How fast work is finished."""
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
-        return Text(f"{task.speed:.2f}/s" if task.speed else "")
+        """The pace, once there is one."""
+        return Text(pace(task.speed) if task.speed else "")
 
 
 class PlainProgress:
@@ -212,7 +212,7 @@ class PlainProgress:
         rate = self.done / max(now - self.start, 1e-9)
         # A run that was killed when all was done but its result has nothing to count.
         left = (self.total - self.done) / rate if rate else 0.0
-        self.say(f"{self.text}: {self.done}/{self.total}, {rate:.2f}/s, {duration(left)} left")
+        self.say(f"{self.text}: {self.done}/{self.total}, {pace(rate)}, {duration(left)} left")
 
 
 def is_number(text: str) -> bool:
@@ -245,6 +245,14 @@ def duration(seconds: int | float) -> str:
     return (
         f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
     )
+
+
+def pace(rate: float) -> str:
+    """Finished work per second, or what each piece takes where that is longer."""
+    if rate >= 1 or not rate:
+        return f"{short(rate)}/s"
+    seconds = 1 / rate
+    return f"{short(seconds) + ' s' if seconds < 60 else duration(seconds)} each"
 
 
 def size(count: int | float) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raykernel.cli import main
-from raykernel.console import Screen, short, visible
+from raykernel.console import Screen, pace, short, visible
 from raykernel.store.blocks import Store
 
 
@@ -42,6 +42,21 @@ def test_three_digits_and_no_exponent_from_a_thousandth_to_a_million(value, text
 def test_no_exponent_where_none_is_needed_and_three_digits_are_right(value):
     assert "e" not in short(value)
     assert float(short(value)) == pytest.approx(value, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (0.0, "0/s"),
+        (1234.5, "1234/s"),
+        (1.0, "1/s"),
+        (0.6, "1.67 s each"),
+        (0.02, "50 s each"),
+        (0.01, "1 min 40 s each"),
+    ],
+)
+def test_slow_work_says_what_each_piece_takes(rate, text):
+    assert pace(rate) == text
 
 
 BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
