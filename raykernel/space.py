@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
@@ -110,7 +111,7 @@ class Point:
         return compose_point(self.command.value, self.overrides)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """A study with the command line applied."""
 
@@ -141,15 +142,15 @@ class Plan:
 
     def settings(self) -> SweepConfig:
         """How its runs are chosen and run."""
-        return self._composed().config.sweep
+        return self._composed.config.sweep
 
     def store_path(self) -> StorePath:
         """The store of all runs."""
-        return location(self._composed().config.store.path)
+        return location(self._composed.config.store.path)
 
+    @cached_property
     def _composed(self) -> ComposedRun:
-        arm = self.study.arms[0]
-        return self.point(arm, (), ()).compose()
+        return self.point(self.study.arms[0], (), ()).compose()
 
     def cells_to_average(self, settings: SweepConfig) -> list[list[tuple[str, ...]]]:
         """Cells that differ only in axes over which a sampler's metrics are averaged, together."""
