@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import itertools
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,15 +62,7 @@ def load_study(name: str) -> Study:
         InputError: if there is no such study, or its file defines none.
     """
     files = study_files()
-    short = [stem for stem in files if stem.split("_")[0] == name]
-    if name not in files and len(short) == 1:
-        (name,) = short
-    if name not in files:
-        known = {*files, *(stem.split("_")[0] for stem in files)}
-        raise InputError(
-            f"Unknown study {name!r}: {nearest(name, known)} `raykernel sweep` lists all; your "
-            f"own lie in ./{USER_FOLDER}."
-        )
+    name = full_name(name, files, f"`raykernel sweep` lists all; your own lie in ./{USER_FOLDER}.")
     path, expected = files[name], "Expected Python with `study = raykernel.study.Study(...)`."
     try:
         # Unlike an import it leaves no byte code beside the file.
@@ -82,6 +74,29 @@ def load_study(name: str) -> Study:
     if not isinstance(study, Study):
         raise InputError(f"{path}: found no `study`. {expected} Add it.")
     return replace(study, name=name)
+
+
+def full_name(name: str, known: Collection[str], where: str) -> str:
+    """The name of a study, of which the first word is enough where no other has it.
+
+    Args:
+        name: what the user wrote.
+        known: studies that there are.
+        where: they are, for the message.
+
+    Returns:
+        One of them.
+
+    Raises:
+        InputError: if none is meant.
+    """
+    if name in known:
+        return name
+    short = [study for study in known if study.split("_")[0] == name]
+    if len(short) != 1:
+        either = {*known, *(study.split("_")[0] for study in known)}
+        raise InputError(f"Unknown study {name!r}: {nearest(name, either)} {where}")
+    return short[0]
 
 
 def question_of(path: Path) -> str | None:

@@ -160,6 +160,12 @@ def answer(options: argparse.Namespace) -> pa.Table:
             rest = [load_study(name).name]
             in_store = f'store.path="{location(path)}"'
             tables["planned"] = planned_runs(name, [in_store, *overrides])
+        elif first == "compare" and len(rest) == len(named.arguments):
+            from raykernel.sweep import full_name
+
+            known = query("SELECT DISTINCT study FROM runs", path)["study"].to_pylist()
+            where = f"It has no runs in {path}."
+            rest = [full_name(study, known, where) for study in rest]
         return query(named.sql, path, parameters=named.parameters(first, rest), tables=tables)
     if rest:
         raise InputError(

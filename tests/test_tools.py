@@ -84,6 +84,7 @@ def test_rows_come_in_every_format_and_to_a_file(here, capfdbinary):
         ([SQL, "--groups", "query"], ["--kernel"]),
         ([SQL, "--kernel", "ffff"], ["found no kernel 'ffff'"]),
         (["missing", "no_such_study"], ["Unknown study"]),
+        (["compare", "no_such_study", "b"], ["Unknown study 'no_such_study'", "no runs in"]),
     ],
 )
 def test_wrong_questions_end_with_code_2_and_say_what_to_do(arguments, helps, here, capsys):
@@ -166,6 +167,20 @@ def test_missing_names_the_runs_of_a_study_that_have_not_ended_well(tmp_path, mo
     assert main(["query", "failed", "--store", "store", "--format", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["run"], row["error"]) == (failed.id, "no room")
+
+
+def test_studies_in_a_store_are_compared_by_their_first_words(tmp_path, capsys):
+    store = Store(tmp_path / "store")
+    scores = {"task": "t", "model": "m", "prompt": "manual", "k": 1, "seed": 13}
+    store.write_result("trials", {"trial": "a", "metric": "accuracy", "finetuned": 0.5} | scores)
+    results = json.dumps([["trials", {"trial": "a"}]])
+    for study in ("one_of_them", "other_one"):
+        end = {"status": "ok", "arm": "SGD", "results": results}
+        store.write_result("runs", {"study": study, "run": "r", **end})
+    command = ["query", "compare", "one", "other_one", "--store", str(store.path)]
+    assert main([*command, "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["first"], row["second"], row["seeds"]) == (0.5, 0.5, 1)
 
 
 # ---------------------------------------------------------------- what there is
