@@ -47,9 +47,25 @@ def write(store: Store, number: int) -> None:
     # As long as real ones; their content differs by run.
     identity = {"identity": json.dumps({"task": "x" * 1200, "run": number}), "training": "y" * 400}
     store.write_result("trials", {"trial": trial} | problem | method | found | cost | identity)
-    end = {"study": f"study-{number % 2}", "run": trial, "arm": "SGD", "command": "finetune"}
+    end = {"study": _study(number), "run": trial, "arm": "SGD", "command": "finetune"}
     results = {"status": "ok", "results": json.dumps([["trials", {"trial": trial}]])}
     store.write_result("runs", end | results)
+
+
+def write_plan(store: Store, study: str, trials: int) -> None:
+    """What a study is begun with, of which one run in a hundred is left to do."""
+    key = {"study": study, "asked": "", "arm": "SGD"}
+    rows = [
+        {"number": number, "command": "finetune", "overrides": ["task.k=16"] * 8}
+        | {"run": f"{number + trials // 100:016x}"}
+        for number in range(trials)
+        if _study(number) == study
+    ]
+    store.write_results("plans", [key | row for row in rows])
+
+
+def _study(number: int) -> str:
+    return f"study-{number % 2}"
 
 
 def seconds(call: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -70,15 +86,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="calls of each query that count")
     options = parser.parse_args()
     named = {
-        name: (entry.sql, [f"study-{n}" for n in range(len(entry.arguments))])
+        name: (
+            entry.sql,
+            [*map(_study, range(len(entry.arguments))), *[""] * entry.takes_overrides],
+        )
         for name, entry in QUERIES.items()
-        if name != "missing"  # it composes the study's configurations first
     }
     asked = named | {name: (sql, []) for name, sql in OTHER.items()}
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store")
 
         def write_all() -> None:
+            for study in {_study(number) for number in range(options.trials)}:
+                write_plan(store, study, options.trials)
             for number in range(options.trials):
                 write(store, number)
 

@@ -25,6 +25,7 @@ from raykernel.engines import (
     waves,
 )
 from raykernel.errors import InputError
+from raykernel.planned import keep_plan
 from raykernel.runs import (
     Ended,
     Recorder,
@@ -103,13 +104,17 @@ def run_study(plan: Plan, screen: Screen) -> list[Done]:
                 screen.note(f"{type(tracker).__name__}: {type(error).__name__}: {error}")
 
     found: list[Done] = []
+    planned = {
+        arm.name: arm_runs(plan, arm, [])
+        for arm in plan.study.arms
+        if not (arm.is_derived or plan.is_searched(arm, settings))
+    }
     with open_engine(settings, screen, tally.begin) as engine:
         for arm in plan.study.arms:
             if plan.is_searched(arm, settings):
                 ended = search_arm(plan, arm, engine, runner, heard)
             else:
-                points = arm_points(plan, arm, found)
-                runs = [make_run(plan.study.name, point) for point in points]
+                runs = planned.get(arm.name) or arm_runs(plan, arm, found)
                 ended = complete_runs(runs, engine, runner, heard)
             found += [Done(one, rows_of(one)) for one in ended]
     clear_scratch(plan.store_path())  # a driver may have died with nothing left to run
@@ -248,6 +253,22 @@ def _ended(searcher: Searcher) -> list[Ended]:
     return [ended for ended in found if ended is not None]
 
 
+def arm_runs(plan: Plan, arm: Arm, found: Sequence[Done]) -> list[Run]:
+    """Runs of an arm, which the store then knows as planned.
+
+    Args:
+        plan: what to run.
+        arm: one of its arms.
+        found: runs that have ended.
+
+    Returns:
+        The runs, those that have ended among them.
+    """
+    runs = [make_run(plan.study.name, point) for point in arm_points(plan, arm, found)]
+    keep_plan(plan, arm, runs)
+    return runs
+
+
 def arm_points(plan: Plan, arm: Arm, found: Sequence[Done]) -> list[Point]:
     """Points of an arm.
 
@@ -262,7 +283,7 @@ def arm_points(plan: Plan, arm: Arm, found: Sequence[Done]) -> list[Point]:
     Returns:
         The points.
     """
-    if arm.like is None and arm.choose is None:
+    if not arm.is_derived:
         return [point for cell in plan.cells() for point in plan.points(arm, cell)]
     points = []
     for cell in plan.cells():

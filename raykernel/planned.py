@@ -1,60 +1,50 @@
-"""The runs that a study would do, to find those that are missing."""
+"""The runs that a study is begun with, kept in its store for `raykernel query missing`.
+
+So a store knows what a study lacks without its file, its data or its configuration, in the time of
+a query.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyarrow as pa
-
-from raykernel.conduct import Done, arm_points
-from raykernel.runs import make_run, rows_of, stored
-from raykernel.space import make_plan
-from raykernel.store.columns import integer, schema_of, text, texts
-from raykernel.sweep import load_study
-
-_PLANNED = schema_of(
-    (
-        integer("number", "Place in the study's order."),
-        text("arm", "Method of the study."),
-        text("command", "Command to run."),
-        text("run", "Hash of the command and its configuration."),
-        texts("overrides", "Its command line."),
-    )
-)
+from raykernel.errors import InputError
+from raykernel.runs import Run
+from raykernel.space import Plan
+from raykernel.store.blocks import Store
+from raykernel.study import Arm
 
 
-def planned_runs(name: str, overrides: Sequence[str] = ()) -> pa.Table:
-    """The runs of a study, ended or not.
+def keep_plan(plan: Plan, arm: Arm, runs: Sequence[Run]) -> None:
+    """Write down the runs of an arm, unless the store has them or can only be read.
 
-    An arm that takes the hyperparameters of another has as many as can be known from stored
-    results; one that a sampler searches has none before it is run.
+    They replace those that the same command line has planned before: a file that it names may
+    have changed since, and the runs with it.
 
     Args:
-        name: of the study.
-        overrides: as for `raykernel sweep`.
-
-    Returns:
-        The table that `raykernel query missing` calls `planned`.
+        plan: the study.
+        arm: one of its arms.
+        runs: all that it has, ended or not.
     """
-    plan = make_plan(load_study(name), overrides)
-    settings = plan.settings()
-    found: list[Done] = []
-    rows: list[dict[str, object]] = []
-    for arm in plan.study.arms:
-        if plan.is_searched(arm, settings):
-            continue
-        for point in arm_points(plan, arm, found):
-            run = make_run(plan.study.name, point)
-            ended = stored(run, retry_failed=False)
-            if ended is not None:
-                found.append(Done(ended, rows_of(ended)))
-            rows.append(
-                {
-                    "number": len(rows),
-                    "arm": arm.name,
-                    "command": arm.command.value,
-                    "run": run.id,
-                    "overrides": list(point.overrides),
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=_PLANNED)
+    key = {"study": plan.study.name, "asked": plan.asked, "arm": arm.name}
+    store = Store(plan.store_path())
+    known = [row["run"] for row in store.rows("plans", **key)]
+    if not runs or known == [run.id for run in runs]:
+        return
+    try:
+        store.require_writable()
+    except InputError:  # what has ended can be shown all the same
+        return
+    store.write_results(
+        "plans",
+        [
+            {
+                **key,
+                "number": number,
+                "command": run.point.command.value,
+                "run": run.id,
+                "overrides": list(run.point.overrides),
+            }
+            for number, run in enumerate(runs)
+        ],
+    )

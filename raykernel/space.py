@@ -122,6 +122,8 @@ class Plan:
     """Shared axes by key."""
     own: Mapping[str, Mapping[str, Axis]]
     """By arm, the axes that dev selects among."""
+    asked: str
+    """What of the command line decides results, the same whatever its order."""
     compare: bool
     """The setting is the paper's, as far as its numbers do not say themselves what they are of."""
 
@@ -162,15 +164,14 @@ class Plan:
 
     def is_searched(self, arm: Arm, settings: SweepConfig) -> bool:
         """Whether a sampler chooses an arm's own hyperparameters."""
-        derived = arm.like is not None or arm.choose is not None
-        return bool(self.own[arm.name]) and not derived and not settings.is_grid
+        return bool(self.own[arm.name]) and not arm.is_derived and not settings.is_grid
 
     def count(self, settings: SweepConfig) -> int:
         """Runs of all arms together, as far as they are known before."""
         return len(self.cells()) * sum(self._count(arm, settings) for arm in self.study.arms)
 
     def _count(self, arm: Arm, settings: SweepConfig) -> int:
-        if arm.like is not None or arm.choose is not None:
+        if arm.is_derived:
             return arm.num_chosen
         if self.is_searched(arm, settings):
             return settings.trials or 0
@@ -187,8 +188,7 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
     Returns:
         What to run.
     """
-    check_spelling(list(arguments))
-    chosen = {axis.key: axis for axis in map(axis_of, arguments)}
+    chosen = _chosen(arguments)
     compare = all(keeps_setting(key) for key in chosen)
     if "experiment" in chosen:
         study, chosen = _as_demo(study, chosen)
@@ -198,7 +198,26 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
     used = {*shared, *(key for axes in own.values() for key in axes)}
     fixed = {key: f"{key}={value}" for key, value in study.base.items()}
     fixed |= {key: axis.overrides[0] for key, axis in chosen.items() if key not in used}
-    return Plan(study, fixed, shared, own, compare)
+    return Plan(study, fixed, shared, own, asked(arguments), compare)
+
+
+def asked(arguments: Sequence[str]) -> str:
+    """What of a command line decides the results of a study.
+
+    Args:
+        arguments: overrides, as for `make_plan`.
+
+    Returns:
+        Those that do not only say where and how to compute, by key.
+    """
+    chosen = _chosen(arguments)
+    return spelt({key: chosen[key] for key in sorted(chosen) if not is_harmless(key)})
+
+
+def _chosen(arguments: Sequence[str]) -> dict[str, Axis]:
+    """Axes of a command line by key."""
+    check_spelling(list(arguments))
+    return {axis.key: axis for axis in map(axis_of, arguments)}
 
 
 def axis_of(argument: str) -> Axis:

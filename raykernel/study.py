@@ -48,6 +48,11 @@ class Arm:
     num_chosen: int = 1
     """Runs of a cell that `choose` or `like` will find, for counting before."""
 
+    @property
+    def is_derived(self) -> bool:
+        """Whether its runs depend on what those of other arms find."""
+        return self.like is not None or self.choose is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Sheet:

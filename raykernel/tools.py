@@ -59,9 +59,9 @@ def query_parser() -> argparse.ArgumentParser:
 
     named = [
         textwrap.fill(
-            f"  {' '.join([name, *query.arguments]):<14} {query.about}",
+            f"  {query.usage(name):<25} {query.about}",
             100,
-            subsequent_indent=" " * 17,
+            subsequent_indent=" " * 28,
         )
         for name, query in QUERIES.items()
     ]
@@ -112,7 +112,7 @@ def tool_query(arguments: list[str]) -> int:
     Raises:
         InputError: if there is no question.
     """
-    options = query_parser().parse_args(arguments)
+    options = query_parser().parse_intermixed_args(arguments)  # overrides may follow options
     if options.schema is not None:
         print(schema_text(options.schema), end="")
         return 0
@@ -151,27 +151,46 @@ def answer(options: argparse.Namespace) -> pa.Table:
         raise InputError("found --groups or --kind, expected --kernel FINGERPRINT beside it.")
     if first in QUERIES or " " not in first.strip():
         named = named_query(first)
-        if first == "missing" and rest:
-            from raykernel.location import location
-            from raykernel.planned import planned_runs
-            from raykernel.sweep import load_study
-
-            name, *overrides = rest
-            rest = [load_study(name).name]
-            in_store = f'store.path="{location(path)}"'
-            tables["planned"] = planned_runs(name, [in_store, *overrides])
-        elif first == "compare" and len(rest) == len(named.arguments):
-            from raykernel.sweep import full_name
-
-            known = query("SELECT DISTINCT study FROM runs", path)["study"].to_pylist()
-            where = f"It has no runs in {path}."
-            rest = [full_name(study, known, where) for study in rest]
-        return query(named.sql, path, parameters=named.parameters(first, rest), tables=tables)
+        parameters = named.parameters(first, rest)
+        if named.studies_in is not None:
+            parameters = [_study_in(path, named.studies_in, study) for study in parameters]
+        if named.takes_overrides:
+            parameters.append(_begun_with(path, parameters[0], rest[len(parameters) :]))
+        return query(named.sql, path, parameters=parameters, tables=tables)
     if rest:
         raise InputError(
             f"found {' '.join(rest)!r} after the SQL, expected nothing. Quote the whole question."
         )
     return query(first, path, tables=tables)
+
+
+def _study_in(path: str, table: str, name: str) -> str:
+    """The study of a store that a name stands for."""
+    from raykernel.store.query import query
+    from raykernel.sweep import full_name
+
+    known = query(f"SELECT DISTINCT study FROM {table}", path)["study"].to_pylist()
+    unplanned = " A search knows none before." if table == "plans" else ""
+    return full_name(name, known, f"It has no {table} in {path}.{unplanned}")
+
+
+def _begun_with(path: str, study: str, overrides: list[str]) -> str:
+    """Overrides as the table of plans has them; none: the text that stands for all."""
+    if not overrides:
+        return ""
+    from raykernel.space import asked
+    from raykernel.store.query import query
+
+    text = asked(overrides)
+    sql = "SELECT DISTINCT asked FROM plans WHERE study = $1 ORDER BY 1"
+    known = query(sql, path, parameters=[study])["asked"].to_pylist()
+    if text not in known:
+        listed = "".join(f"\n  {one or '(no override that decides results)'}" for one in known)
+        raise InputError(
+            f"{study}: found {text or 'nothing that decides results'!r}, expected what it was "
+            f"begun with in {path}:{listed}\nLeave all overrides out for the runs of every one."
+        )
+    return text
 
 
 def write_rows(rows: pa.Table, fmt: str | None, output: str | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from raykernel.compose import compose_runs, conf_dir, flags_first
+from raykernel.compose import compose_point, compose_runs, conf_dir, flags_first
 from raykernel.config import RunConfig, canonical_json, differences, fingerprint
 from raykernel.errors import InputError
 from raykernel.terms import PromptStyle, Solver
@@ -65,6 +65,62 @@ def test_configs_are_frozen():
 def test_words_are_given_on_the_command_line_with_any_label_as_text():
     words = compose("prompt.words={0: bad, great: good, true: yes}").prompt.words
     assert words == {"0": "bad", "great": "good", "true": "yes"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=roberta_base", "training=adam", "training.learning_rate=1e-5", "task=sst2"],
+        ["experiment=demo_prompt", "task.k=4", "prompt=null"],
+        ["task.text=[a,b]", "prompt.words={0: bad, true: good}", "prompt.words.0=worse"],
+        ["kernel.projection={method: rademacher, dim: 8}", "kernel.projection.dim=32"],
+        ["training.learning_rate=1", "training=sgd", "training.learning_rate=2", "model.name=x"],
+        ["solver.ridge=[.inf]"],
+        ["task.k=0"],
+        ["training.learning_rate=fast"],
+        ["++training.learning_rate=0.5", "~model"],
+        ["task=sst3"],
+        ["solver.groups=[a]", "kernel.projection.method=intrinsic_dimension"],
+    ],
+)
+def test_a_run_of_a_study_is_what_hydra_composes(overrides):
+    """Also at its second time, when parts of it are known, and where it is refused."""
+
+    def found(compose):
+        try:
+            return compose("kernel", list(overrides)).config
+        except InputError as error:
+            return str(error)
+
+    by_hydra = found(lambda *given: compose_runs(*given)[0])
+    assert found(compose_point) == by_hydra
+    assert found(compose_point) == by_hydra
+
+
+def test_a_run_of_a_study_sees_its_environment(monkeypatch):
+    for store in ("one", "other"):
+        monkeypatch.setenv("RAYKERNEL_STORE", store)
+        assert compose_point("kernel", []).config.store.path == store
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["task.k=4,8", "task.seed=range(3)", "prompt=null,manual"],
+        ["prompt.words={0: bad, great: good}", "task=sst2,mr", "task.k=1", "task.k=3,2"],
+        ["solver.ridge=[1],[1,2]", "model.name='a,b',\"c d\""],
+        ["experiment=quickstart,tiny", "task.k=choice(2)"],
+    ],
+)
+def test_combinations_are_those_of_hydras_sweeper(arguments):
+    runs = compose_runs("kernel", ["-m", *arguments])
+    by_hydra = compose_runs("kernel", ["-m", "hydra.verbose=false", *arguments])
+    assert [run.config for run in runs] == [run.config for run in by_hydra]
+
+
+def test_an_interval_has_no_combinations():
+    with pytest.raises(InputError, match="found an interval, expected values, because -m"):
+        compose_runs("kernel", ["-m", "training.learning_rate=interval(1,2)"])
 
 
 def test_one_job_per_combination_in_order():

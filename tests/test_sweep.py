@@ -103,6 +103,18 @@ def test_a_study_of_the_package_runs_and_prints_its_table(place, name, capsys):
     assert len((ROOT / "sweeps" / f"{name}.py").read_text("utf-8").splitlines()) <= 40
     assert main(["sweep", name, *arguments(name)]) == 0
     printed = capsys.readouterr()
+    of_study = {
+        table: {
+            row["run"] for row in Store("store").results(table).to_pylist() if row["study"] == name
+        }
+        for table in ("plans", "runs")
+    }
+    searches = name in ("lora_grid", "optimizer_grid")  # which do not know before what they run
+    assert of_study["plans"] < of_study["runs"] if searches else of_study["plans"]
+    assert searches or of_study["plans"] == of_study["runs"]
+    if of_study["plans"]:
+        assert main(["query", "missing", name, "--store", "store", "--format", "csv"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1
     assert load_study(name).question in printed.out
     table = load_study(name).table
     for line in table.lines if isinstance(table, TaskTable) else []:

@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from raykernel.catalog import LISTS, listed
 from raykernel.cli import ABOUT, TOOLS, main
 from raykernel.completion import SCRIPTS, candidates
+from raykernel.conduct import arm_runs
 from raykernel.config import RunConfig, plain
 from raykernel.helptext import GROUPS
-from raykernel.runs import Ended, make_run, write_down
+from raykernel.runs import Ended, write_down
 from raykernel.space import make_plan
 from raykernel.store.blocks import Store
 from raykernel.store.listing import TABLES
@@ -28,6 +29,7 @@ from raykernel.store.named import QUERIES
 from raykernel.sweep import load_study
 from raykernel.terms import Cause, RunStatus
 from tests import tiny
+from tests.faults import places
 from tests.store import stores
 
 
@@ -147,26 +149,59 @@ def test_missing_names_the_runs_of_a_study_that_have_not_ended_well(tmp_path, mo
         text for text in tiny.overrides("model") if not text.startswith(("store.", "task.seed"))
     ]
     plan = make_plan(load_study("mine"), [*overrides, "store.path=store"])
-    runs = [
-        make_run("mine", point)
-        for cell in plan.cells()
-        for point in plan.points(plan.study.arms[0], cell)
-    ]
-    done, failed, *left = runs
+    done, failed, *left = arm_runs(plan, plan.study.arms[0], [])
     Store("store").write_result("trials", {"trial": "t"})
     write_down(Ended(done, RunStatus.ok, keys=[("trials", {"trial": "t"})]))
     write_down(Ended(failed, RunStatus.failed, Cause.memory, "no room"))
-    command = ["query", "missing", "mine", *overrides, "--store", "store", "--format", "json"]
-    assert main(command) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [(row["run"], row["status"], row["cause"]) for row in rows] == [
-        (failed.id, "failed", "memory"),
-        *((run.id, "not begun", None) for run in left),
-    ]
-    assert "training.learning_rate=0.1" in rows[1]["overrides"]
+    command = ["query", "missing", "mine", "--store", "store", "--format", "json"]
+    backwards = [*reversed(overrides), "sweep.workers=3"]  # the same runs, done by others
+    for begun in ([], overrides, backwards):
+        assert main([*command, *begun]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [(row["run"], row["status"], row["cause"]) for row in rows] == [
+            (failed.id, "failed", "memory"),
+            *((run.id, "not begun", None) for run in left),
+        ]
+        assert "training.learning_rate=0.1" in rows[1]["overrides"]
+    assert main([*command, "task.k=64"]) == 2
+    error = capsys.readouterr().err
+    assert "mine: found 'task.k=64', expected what it was begun with in store:" in error
+    assert f"\n  {plan.asked}\n" in error
     assert main(["query", "failed", "--store", "store", "--format", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["run"], row["error"]) == (failed.id, "no room")
+
+
+def test_a_plan_is_replaced_by_one_of_the_same_command_line_alone(tmp_path, monkeypatch):
+    """Of changed data: other runs. What is the same is not written twice, or where it cannot be."""
+    monkeypatch.chdir(tmp_path)
+    Path("sweeps").mkdir()
+    Path("sweeps/mine.py").write_text(STUDY)
+    tiny.write_reviews(Path("reviews.tsv"))
+    overrides = [text for text in tiny.overrides("model") if not text.startswith("task.seed")]
+    monkeypatch.setenv("RAYKERNEL_STORE", "store")
+
+    def begin(*more: str) -> set[str]:
+        plan = make_plan(load_study("mine"), [*overrides, *more])
+        return {run.id for run in arm_runs(plan, plan.study.arms[0], [])}
+
+    def planned() -> set[str]:
+        return set(Store("store").results("plans")["run"].to_pylist())
+
+    first = begin()
+    files = set(Path("store/results").rglob("*.arrow"))
+    assert planned() == begin() == first
+    assert set(Path("store/results").rglob("*.arrow")) == files
+    with Path("reviews.tsv").open("a") as reviews:
+        reviews.write("pos\tanother one\n")
+    second = begin()
+    assert second.isdisjoint(first)
+    assert planned() == second
+    other = begin("task.k=1")
+    assert planned() == second | other
+    with places.read_only(Path("store")):
+        begin("task.k=2")
+    assert planned() == second | other
 
 
 def test_studies_in_a_store_are_compared_by_their_first_words(tmp_path, capsys):

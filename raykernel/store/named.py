@@ -17,6 +17,10 @@ class NamedQuery:
     sql: str
     arguments: tuple[str, ...] = ()
     """What follows its name on a command line, as `$1`, `$2` of the SQL."""
+    studies_in: str | None = None
+    """Table that names the studies which its arguments are; None: they are none."""
+    takes_overrides: bool = False
+    """Overrides may follow; the SQL's last parameter is their text (`space.asked`)."""
 
     def parameters(self, name: str, given: Sequence[str]) -> list[str]:
         """Values of the SQL's parameters.
@@ -26,17 +30,22 @@ class NamedQuery:
             given: what follows its name.
 
         Returns:
-            As many as it has arguments.
+            As many as it has arguments; what follows these are overrides.
 
         Raises:
             InputError: if there are more or fewer.
         """
-        if len(given) != len(self.arguments):
-            usage = " ".join(["raykernel query", name, *self.arguments])
+        expected = len(self.arguments)
+        if len(given) < expected or (len(given) > expected and not self.takes_overrides):
             raise InputError(
-                f"{name}: found {len(given)} arguments, expected {len(self.arguments)}: {usage}"
+                f"{name}: found {len(given)} arguments, expected {expected}: raykernel query "
+                f"{self.usage(name)}"
             )
-        return list(given)
+        return list(given[:expected])
+
+    def usage(self, name: str) -> str:
+        """It as it is typed, under its name."""
+        return " ".join([name, *self.arguments, *(["[overrides]"] * self.takes_overrides)])
 
 
 _SCORED = """
@@ -136,15 +145,19 @@ QUERIES = {
     """,
     ),
     "missing": NamedQuery(
-        "runs of a study that have not ended well; overrides may follow, as for `raykernel sweep`",
+        "runs of a study, as it was begun (with these overrides, if some follow), that have not "
+        "ended well",
         """
-    SELECT planned.arm, planned.command, coalesce(status, 'not begun') AS status, cause, error,
-        planned.overrides, planned.run
-    FROM planned LEFT JOIN runs ON runs.run = planned.run AND runs.study = $1
-    WHERE status IS NULL OR status = 'failed'
-    ORDER BY planned.number
+    SELECT plans.arm, plans.command, coalesce(status, 'not begun') AS status, cause, error,
+        plans.overrides, plans.run
+    FROM plans LEFT JOIN runs USING (study, run)
+    WHERE study = $1 AND $2 IN ('', asked) AND coalesce(status, 'failed') = 'failed'
+    QUALIFY row_number() OVER (PARTITION BY plans.run ORDER BY plans.created) = 1
+    ORDER BY plans.created, plans.number
     """,
         ("NAME",),
+        studies_in="plans",
+        takes_overrides=True,
     ),
     "compare": NamedQuery(
         "two studies side by side: mean test scores of what dev selects, where both have the "
@@ -160,6 +173,7 @@ QUERIES = {
     GROUP BY ALL ORDER BY method, task, model, prompt, k
     """,
         ("A", "B"),
+        studies_in="runs",
     ),
 }
 

@@ -87,6 +87,12 @@ TABLES = {
         key=("fingerprint", "trial", "solver", "criteria"),
         folder="kernels/{fingerprint}",
     ),
+    "plans": ResultTable(
+        "What studies were begun with: one row per run to be done, ended or not.",
+        trialcolumns.PLANS,
+        key=("study", "asked", "arm"),
+        order=("created", "number"),
+    ),
     "runs": ResultTable(
         "Runs of studies: one row per run that ended, well or not.",
         trialcolumns.RUNS,

@@ -188,6 +188,16 @@ BEHAVIOR = (
     OVERRIDES,
 )
 
+PLANS = (
+    text("study", "Name of its file in sweeps/."),
+    text("asked", "Its overrides that decide results, in order; empty: none."),
+    text("arm", "Method of the study."),
+    integer("number", "Place among the runs of the method."),
+    text("command", "Command to run."),
+    text("run", "Hash of the command and its configuration, as in `runs`."),
+    *ORIGIN,
+    OVERRIDES,
+)
 RUNS = (
     text("study", "Name of its file in sweeps/, or the command that had -m."),
     text("run", "Hash of the command and its configuration."),

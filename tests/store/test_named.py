@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from raykernel.errors import InputError
@@ -17,7 +16,6 @@ from raykernel.store.named import QUERIES, named_query
 from raykernel.store.query import query
 from tests.store import stores
 
-PLANNED = ("number", "arm", "command", "run", "overrides")
 SCORES = {  # (seed, learning rate) → (dev, test)
     (13, 0.1): (0.7, 0.50),
     (13, 0.2): (0.8, 0.60),
@@ -80,19 +78,21 @@ def test_failed_and_missing_runs_are_told_apart(store: Store) -> None:
         store.write_result("runs", {"study": "mine", "run": run_id, **end})
     store.write_result("runs", {"study": "other", "run": "d", "status": "ok", "results": "[]"})
     assert [(row["run"], row["cause"]) for row in run(store, "failed")] == [("b", "memory")]
-    planned = pa.table(
-        {
-            "number": [0, 1, 2, 3],
-            "arm": ["sgd"] * 4,
-            "command": ["finetune"] * 4,
-            "run": ["a", "b", "c", "d"],
-            "overrides": [["k=1"]] * 4,
-        }
-    )
+    for asked, planned in (("k=1", "abcd"), ("k=1 s=2", "ef"), ("k=1,2", "de")):
+        key = {"study": "mine", "asked": asked, "arm": "sgd", "command": "finetune"}
+        rows = [key | {"number": number, "run": run_id} for number, run_id in enumerate(planned)]
+        store.write_results("plans", rows)
+    left = {  # d has ended in another study only
+        "": [("b", "failed"), ("d", "not begun"), ("e", "not begun"), ("f", "not begun")],
+        "k=1": [("b", "failed"), ("d", "not begun")],
+        "k=1 s=2": [("e", "not begun"), ("f", "not begun")],
+        "k=1,2": [("d", "not begun"), ("e", "not begun")],
+    }
     sql = named_query("missing").sql
-    found = query(sql, store.path, parameters=["mine"], tables={"planned": planned})
-    missing = [(row["run"], row["status"]) for row in found.to_pylist()]
-    assert missing == [("b", "failed"), ("d", "not begun")]  # d has ended in another study only
+    for asked, expected in left.items():
+        found = query(sql, store.path, parameters=["mine", asked]).to_pylist()
+        assert [(row["run"], row["status"]) for row in found] == expected, asked
+    assert query(sql, store.path, parameters=["other", ""]).num_rows == 0
 
 
 def test_compare_is_the_mean_difference_over_the_cells_of_both(store: Store) -> None:
@@ -128,10 +128,8 @@ def test_every_named_query_answers_on_a_store_of_one_row(tmp_path: Path) -> None
     store = Store(tmp_path / "one")
     store.write_result("trials", {"trial": "t"})
     for name, named in QUERIES.items():
-        planned = pa.table({key: pa.array([], pa.string()) for key in PLANNED})
-        given = ["x"] * len(named.arguments)
-        tables = {"planned": planned}
-        assert query(named.sql, store.path, parameters=given, tables=tables) is not None
+        given = ["x"] * (len(named.arguments) + named.takes_overrides)
+        assert query(named.sql, store.path, parameters=given) is not None
         assert named.about, name
 
 

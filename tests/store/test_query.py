@@ -67,6 +67,7 @@ def full_store(tmp_path: Path) -> Store:
     chosen = {"fingerprint": handle.fingerprint, "kind": "sgd", "settings": "{}", "ridge": 1e-3}
     store.write_results("selections", [chosen | {"rank": rank} for rank in (1, 2)])
     store.write_result("runs", {"study": "s", "run": "r", "status": "ok", "results": "[]"})
+    store.write_result("plans", {"study": "s", "asked": "", "arm": "a", "run": "r"})
     return store
 
 
