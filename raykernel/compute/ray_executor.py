@@ -26,6 +26,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 import ray
 from ray import exceptions as ray_errors
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykernel.compute import trouble
@@ -161,13 +162,13 @@ def cluster(compute: ComputeConfig) -> Iterator[None]:
 def _start_cluster(compute: ComputeConfig) -> None:
     """Start Ray on this machine, for this process.
 
-    Ray listens on every network interface whatever address it is given (measured: 2.60, also with
-    127.0.0.1), so authentication stays on, which is Ray's default for a local start. The token is
-    ours and lives as long as this process: else Ray would leave one in the home directory.
+    It listens on loopback alone. Other users of this machine reach that, too, so authentication
+    stays on, which is Ray's default for a local start. The token is ours and lives as long as this
+    process: else Ray would leave one in the home directory.
     """
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _keeping_signals():
+    with _keeping_signals(), _on_loopback():
         ray.init(
             address="local",
             num_cpus=max(1, math.ceil(compute.workers * compute.num_cpus)),
@@ -176,6 +177,27 @@ def _start_cluster(compute: ComputeConfig) -> None:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray start on 127.0.0.1, as it does on macOS and Windows; what the user has set stands.
+
+    On Linux it replaces that address by the machine's own, also where it is given
+    (`_node_ip_address`, 2.60), and listens on every interface. What it starts reads the variable;
+    this process has read it, when it imported Ray, and may join a cluster later.
+    """
+    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ:
+        yield
+        return
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager

@@ -278,17 +278,22 @@ def test_a_cluster_that_answers_is_accepted() -> None:
 # ------------------------------------------------------------------ drivers of their own
 
 
-def driver(code: str, folder: Path, **extra: str) -> subprocess.Popen[str]:
-    """A process that starts a cluster of its own."""
+@contextlib.contextmanager
+def driver(code: str, folder: Path, **extra: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that starts a cluster of its own, and does not outlive what fails around it."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_"))}
     path = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         env=environ | {"PYTHONPATH": path, "HOME": str(folder)} | extra,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 ENDLESS = """
@@ -326,7 +331,7 @@ def test_no_process_outlives_its_driver(tmp_path: Path, name: str) -> None:
         worker = int((tmp_path / "running").read_text().split()[0])
         assert worker in {other.pid for other in others}
         if name == "SIGKILL":
-            check_nobody_gets_in_without_the_token(others, tmp_path)
+            check_nobody_gets_in([psutil.Process(process.pid), *others], tmp_path)
         process.send_signal(getattr(signal, name))
         out, err = process.communicate(timeout=60)
         assert process.returncode != 0
@@ -342,15 +347,16 @@ def test_no_process_outlives_its_driver(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / ".ray").exists()
 
 
-def check_nobody_gets_in_without_the_token(processes: list[psutil.Process], folder: Path) -> None:
-    """Ray listens on every interface, so that the token alone keeps others out.
+def check_nobody_gets_in(processes: list[psutil.Process], folder: Path) -> None:
+    """Ray listens on loopback, where the token keeps other users of the machine out.
 
     A client without it is refused, no dashboard listens, and no port that speaks HTTP takes a job
     or a runtime environment, which are commands to run.
     """
     address, token = (folder / "cluster").read_text().split()
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "HOME": str(folder)
+        "HOME": str(folder),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else it looks for 127.0.0.1 elsewhere
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     clients = [
@@ -367,18 +373,20 @@ def check_nobody_gets_in_without_the_token(processes: list[psutil.Process], fold
     assert [client.returncode == 0 for client in clients] == [True, False, False], said
     assert all("token" in text for text in said[1:])
     wait_for(lambda: any("Agent" in process.name() for process in processes), seconds=120)
-    ports = {
-        one.laddr.port
+    listening = {
+        one.laddr
         for process in processes
         if alive(process)
         for one in process.net_connections("tcp")
         if one.status == psutil.CONN_LISTEN
     }
+    assert {place.ip.removeprefix("::ffff:") for place in listening} == {"127.0.0.1"}
+    ports = {place.port for place in listening}
     assert len(ports) > 3
     assert 8265 not in ports
     for port in ports:
         for path in ("/api/jobs/", "/api/job_agent/jobs/", "/get_or_create_runtime_env"):
-            status = posted(f"http://{address.rpartition(':')[0]}:{port}{path}")
+            status = posted(f"http://127.0.0.1:{port}{path}")
             assert status in (None, 401, 404, 405)
 
 
