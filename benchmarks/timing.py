@@ -21,6 +21,8 @@ from raykernel.config import ComputeConfig
 
 PATIENCE_SECONDS = 30.0
 """A first call that took longer stays the only one, and counts."""
+QUICK_SECONDS, MOST_CALLS = 2.0, 9
+"""In a round a contender is called as often as fits in these seconds, so many times at the most."""
 
 
 Say = Callable[[str], None]
@@ -38,7 +40,8 @@ class Timing:
     first: float = float("nan")
     """Seconds of the first call."""
     rounds: list[float] = field(default_factory=list)
-    """Seconds by round; one entry where the first call took too long for another one."""
+    """Seconds by round, of several calls the median; one entry where the first call took too long
+    for another one."""
     result: Any = None
     """Of the first call."""
     failure: str = ""
@@ -119,7 +122,9 @@ def measure(
             runs[name] = run
     for _ in range(rounds):
         for name, run in runs.items():
-            timings[name].rounds.append(_timed(run)[0])
+            timing = timings[name]
+            calls = min(max(1, int(QUICK_SECONDS / timing.first)), MOST_CALLS)
+            timing.rounds.append(statistics.median(_timed(run)[0] for _ in range(calls)))
     return timings
 
 

@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pyarrow as pa
@@ -55,8 +56,8 @@ class Job:
     """The kernel that was stored."""
 
 
-def worker_table(_: int, say: Say) -> Table:
-    """Inline, and with one and two Ray workers of one thread each."""
+def worker_table(rounds: int, say: Say) -> Table:
+    """Inline, and with one and two Ray workers of one thread each, in turn."""
     compute = {
         "inline": ComputeConfig(batch_size=PASS_SIZE),
         "1 worker": ComputeConfig(ExecutorName.ray, workers=1, batch_size=PASS_SIZE),
@@ -67,36 +68,37 @@ def worker_table(_: int, say: Say) -> Table:
         "thread each",
         ["", "inline (s)", "1 worker (s)", "2 workers (s)", "2 to 1", "start (s)", "same bits"],
     )
-    found: dict[str, dict[str, Job]] = {}
-    for name, (width, grid) in JOBS.items():
-        found[name] = jobs = _jobs(name, width, grid, compute, say)
-        inline, one, two = jobs.values()
-        same = all(np.array_equal(job.kernel, inline.kernel) for job in (one, two))
+    found: dict[str, list[list[Job]]] = {name: [] for name in JOBS}
+    for turn in range(rounds):
+        for name, (width, grid) in JOBS.items():
+            say(f"round {turn + 1}, {name}")
+            found[name].append(_jobs(width, grid, compute))
+    for name, turns in found.items():
+        seconds = [[job.block_seconds for job in jobs] for jobs in turns]
+        same = all(np.array_equal(job.kernel, turns[0][0].kernel) for jobs in turns for job in jobs)
         table.add(
             name,
-            *(f"{job.block_seconds:.2f}" for job in (inline, one, two)),
-            f"{one.block_seconds / two.block_seconds:.2f}",
-            f"{two.start_seconds:.1f}",
+            *(f"{median(column):.2f}" for column in zip(*seconds, strict=True)),
+            f"{median(one / two for _, one, two in seconds):.2f}",
+            f"{median(jobs[-1].start_seconds for jobs in turns):.1f}",
             "yes" if same else "no",
         )
-    weak = found[HALVED]["1 worker"].block_seconds / found[WHOLE]["2 workers"].block_seconds
+    pairs = zip(found[HALVED], found[WHOLE], strict=True)
+    weak = median(half[1].block_seconds / whole[2].block_seconds for half, whole in pairs)
     table.note(f"Weak scaling, 10 blocks on 1 and 20 on 2 workers: {weak:.0%} efficient.")
     table.note("Start: the workers' processes and models, until the first block begins.")
     return table
 
 
-def _jobs(
-    name: str, width: int, grid: Grid, compute: dict[str, ComputeConfig], say: Say
-) -> dict[str, Job]:
-    """One job by executor."""
+def _jobs(width: int, grid: Grid, compute: dict[str, ComputeConfig]) -> list[Job]:
+    """One job with each executor."""
     workload = roberta("", "", texts=grid.num_rows, width=width)
-    jobs = {}
+    jobs = []
     with tempfile.TemporaryDirectory() as folder:
         model = _save(workload, Path(folder) / "model")
         for executor, resources in compute.items():
-            say(f"{name}, {executor}")
             store = Path(folder) / executor
-            jobs[executor] = _run(_spec(workload, model, grid, resources, store))
+            jobs.append(_run(_spec(workload, model, grid, resources, store)))
     return jobs
 
 
