@@ -118,7 +118,7 @@ _MAX_LISTED = 30
 
 
 def nearest(name: str, choices: Iterable[str], *, count: int = 3) -> str:
-    """A clause that names the likeliest spellings, for the end of an error message.
+    """The end of a sentence that names the likeliest spellings.
 
     Args:
         name: what the user wrote.
@@ -133,9 +133,9 @@ def nearest(name: str, choices: Iterable[str], *, count: int = 3) -> str:
     if near:
         return "did you mean " + " or ".join(repr(choice) for choice in near) + "?"
     if not known:
-        return "there is nothing to choose from"
+        return "there is nothing to choose from."
     more = f", … ({len(known)} in all)" if len(known) > _MAX_LISTED else ""
-    return "choose one of " + ", ".join(known[:_MAX_LISTED]) + more
+    return "choose one of " + ", ".join(known[:_MAX_LISTED]) + more + "."
 
 
 def storage_full(error: BaseException) -> StorageFullError | None:

@@ -10,7 +10,7 @@ def test_nearest_names_the_likeliest_spellings():
 
 
 def test_nearest_lists_all_choices_where_none_is_near():
-    assert nearest("x", ["beta", "alpha"]) == "choose one of alpha, beta"
+    assert nearest("x", ["beta", "alpha"]) == "choose one of alpha, beta."
 
 
 def test_nearest_lists_no_more_than_fits_a_screen():

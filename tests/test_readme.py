@@ -91,3 +91,41 @@ def test_the_tiny_experiment_runs_on_the_packaged_model(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert main(["kernel", "experiment=tiny"]) == 0
     assert "linear probe" in capsys.readouterr().out
+
+
+WORKLOADS = {
+    "RoBERTa d=128, 32 texts of 16 to 32 tokens": "W1",
+    "RoBERTa d=768, 16 texts of 12 to 24 tokens": "W2",
+    "RoBERTa d=128, 32 texts of 64 to 128 tokens": "W3",
+    "SmolLM2-135M, 16 reviews of up to 64 tokens": "W4",
+    "RoBERTa d=128, 512 texts of 8 to 16 tokens": "W5",
+}
+LOOP = "loop of backward passes"
+
+
+def test_speeds_are_those_of_the_committed_run():
+    """The readme's table, from the rows of benchmarks/RESULTS.md."""
+    results = (ROOT / "benchmarks/RESULTS.md").read_text("utf-8")
+    for title, workload in WORKLOADS.items():
+        section = re.split(r"^## ", results.split(f"\n## {workload}: ")[1], flags=re.MULTILINE)[0]
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in section.splitlines()
+            if line.startswith("| ")
+        ]
+        by_name = {row[0]: row[1:] for row in rows if row[1].replace(".", "").isdigit()}
+        seconds, _, floors = map(float, by_name["raykernel"][:3])
+        peers = {
+            name: float(row[1])
+            for name, row in by_name.items()
+            if not name.startswith("raykernel") and name != "floor"
+        }
+        best = min(peers, key=lambda name: peers[name])
+        shown = [
+            title,
+            f"{seconds:.2f}" if seconds < 1 else f"{seconds:.1f}",
+            f"{floors:.1f}",
+            f"{peers[best]:.1f} ({'the loop' if best == LOOP else best.split()[0]})",
+            f"{peers[LOOP]:.1f}",
+        ]
+        assert f"| {' | '.join(shown)} |" in README.replace(" times slower (", " ("), shown

@@ -13,12 +13,14 @@ import contextlib
 
 import numpy as np
 import torch
+from torch import nn
 
 from raykernel.compute import examples, kept, process
 from raykernel.compute.loading import settle
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import read_head, write_head
 from raykernel.location import StorePath
+from raykernel.ntk.batches import Readout
 from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
 from raykernel.problem.probe import fit_head
@@ -38,24 +40,11 @@ class Trial:
     """
 
     def __init__(self, spec: TrialSpec) -> None:
-        settle(spec.compute)
-        kept.forget()  # the model that a worker of the kernel has left: this one is changed
-        self._spec = spec
-        self._problem = load_start(spec)
-        self._batches = examples.Examples(spec.encoded, spec.compute.device)
-        longest = self._batches.batch(self._batches.longest[:1])
-        self._pass = pass_size(self._problem, longest, spec.training, spec.compute)
-        self._trainer = Trainer(
-            self._problem.module,
-            self._problem.readout,
-            split_examples(spec, self._batches),
-            spec.training,
-            regularization=spec.regularization,
-            metric=spec.metric,
-            batch_size=self._pass,
-            compute=spec.compute,
+        start = Start(spec)
+        self._spec, self._problem, self._pass = spec, start.problem, start.pass_size
+        self._trainer = start.trainer(
+            start.problem.module, start.problem.readout, spec.files.checkpoint
         )
-        resume(self._trainer, spec.files.checkpoint)
         self._result: Result | None = None
 
     def train(self, until: int) -> Receipt[Result]:
@@ -102,15 +91,54 @@ class Trial:
         )
 
 
-def resume(trainer: Trainer, checkpoint: StorePath) -> None:
-    """Go on from a checkpoint, if there is one: another driver may end the run at any time.
+class Start:
+    """A model at θ_0 and the data of a trial, in a process that is about to train.
 
     Args:
-        trainer: a trial at its start.
-        checkpoint: the file.
+        spec: of the trial.
+        twin: its linear twin will be trained, which takes more memory.
+
+    Attributes:
+        problem: the model.
+        batches: the examples.
+        pass_size: of them, how many go through the model at once.
     """
-    with contextlib.suppress(FileNotFoundError):
-        trainer.resume(*read_tensors(checkpoint))
+
+    def __init__(self, spec: TrialSpec, *, twin: bool = False) -> None:
+        settle(spec.compute)
+        kept.forget()  # the model that a worker before has left: it may not be at θ_0
+        self._spec = spec
+        self.problem = load_start(spec)
+        self.batches = examples.Examples(spec.encoded, spec.compute.device)
+        longest = self.batches.batch(self.batches.longest[:1])
+        self.pass_size = pass_size(self.problem, longest, spec.training, spec.compute, twin=twin)
+
+    def trainer(self, module: nn.Module, readout: Readout, checkpoint: StorePath) -> Trainer:
+        """Training, as far as a checkpoint has it.
+
+        Args:
+            module: the model, or what stands for it.
+            readout: of its logits.
+            checkpoint: the file; there may be none, as another driver may end the run any time.
+
+        Returns:
+            What trains on.
+        """
+        spec = self._spec
+        labels = np.array(spec.labels, dtype=np.int64)
+        trainer = Trainer(
+            module,
+            readout,
+            Examples(self.batches.batch, labels, spec.splits),
+            spec.training,
+            regularization=spec.regularization,
+            metric=spec.metric,
+            batch_size=self.pass_size,
+            compute=spec.compute,
+        )
+        with contextlib.suppress(FileNotFoundError):
+            trainer.resume(*read_tensors(checkpoint))
+        return trainer
 
 
 def advance(trainer: Trainer, until: int, checkpoint: StorePath) -> tuple[Point, ...]:
@@ -131,12 +159,6 @@ def advance(trainer: Trainer, until: int, checkpoint: StorePath) -> tuple[Point,
         if any(point.step == trainer.step for point in new):
             write_tensors(checkpoint, *trainer.state())
     return tuple(points)
-
-
-def split_examples(spec: TrialSpec, batches: examples.Examples) -> Examples:
-    """A trial's data as a trainer takes it."""
-    labels = np.array(spec.labels, dtype=np.int64)
-    return Examples(batches.batch, labels, spec.splits)
 
 
 def load_start(spec: TrialSpec) -> Problem:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from raykernel.analysis.closeness import closeness, mean_distance
 from raykernel.analysis.regression import score
-from raykernel.compute import examples, kept, process
-from raykernel.compute.loading import settle
+from raykernel.compute import examples, process
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import assign
 from raykernel.errors import DivergedError
@@ -31,9 +30,8 @@ from raykernel.ntk.product import tangents
 from raykernel.store.trials import checksum
 from raykernel.terms import Loss, Split
 from raykernel.training.bounds import why_no_flow
-from raykernel.training.finetune import Trainer, distance, objective
+from raykernel.training.finetune import distance, objective
 from raykernel.training.linearized import Linearized, read_linearized_logits
-from raykernel.training.room import pass_size
 from raykernel.training.spec import (
     AdaptedModule,
     Receipt,
@@ -42,7 +40,7 @@ from raykernel.training.spec import (
     TwinResult,
     TwinSplit,
 )
-from raykernel.training.trial import advance, load_start, resume, split_examples
+from raykernel.training.trial import Start, advance
 
 _ADAPTER = "default"
 """PEFT's name of the only adapter."""
@@ -58,25 +56,14 @@ class Twin:
     """
 
     def __init__(self, spec: TrialSpec) -> None:
-        settle(spec.compute)
-        kept.forget()  # the model that a worker before has left: it may not be at θ_0
-        self._spec = spec
-        self._problem = load_start(spec)
-        self._batches = examples.Examples(spec.encoded, spec.compute.device)
-        longest = self._batches.batch(self._batches.longest[:1])
-        self._pass = pass_size(self._problem, longest, spec.training, spec.compute, twin=True)
-        probe = self._batches.batch(self._batches.longest)
-        self._trainer = Trainer(
-            Linearized(self._problem.module, self._problem.readout, probe),
-            read_linearized_logits,
-            split_examples(spec, self._batches),
-            spec.training,
-            regularization=spec.regularization,
-            metric=spec.metric,
-            batch_size=self._pass,
-            compute=spec.compute,
+        start = Start(spec, twin=True)
+        self._spec, self._problem, self._pass = spec, start.problem, start.pass_size
+        self._batches = start.batches
+        probe = start.batches.batch(start.batches.longest)
+        linearized = Linearized(start.problem.module, start.problem.readout, probe)
+        self._trainer = start.trainer(
+            linearized, read_linearized_logits, spec.files.twin_checkpoint
         )
-        resume(self._trainer, spec.files.twin_checkpoint)
         self._result: TwinResult | None = None
 
     def train(self, until: int) -> Receipt[TwinResult]:
