@@ -22,7 +22,7 @@ from raykernel.config import ComputeConfig
 PATIENCE_SECONDS = 30.0
 """A first call that took longer stays the only one, and counts."""
 QUICK_SECONDS, MOST_CALLS = 4.0, 9
-"""In its turn a contender is called as often as fits in these seconds, so many times at the most."""
+"""In its turn a contender is called as often as fits in these seconds, at most so many times."""
 
 
 Say = Callable[[str], None]
