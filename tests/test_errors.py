@@ -17,4 +17,4 @@ def test_nearest_lists_no_more_than_fits_a_screen():
     found = nearest("x", [f"layer{i:03d}" for i in range(200)])
     assert "layer029" in found
     assert "layer030" not in found
-    assert found.endswith("(200 in all)")
+    assert found.endswith("(200 in all).")

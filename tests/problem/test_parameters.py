@@ -128,7 +128,7 @@ def test_layer_index_is_the_number_behind_the_list_of_layers(name: str, index: i
         ({"method": Method.lora, "target_modules": ["qeury"]}, "did you mean 'query'"),
         (
             {"method": Method.lora, "target_modules": ["wxyz"]},
-            "all-linear, dense, key, query, value$",
+            "all-linear, dense, key, query, value\\.$",
         ),
         ({"method": Method.lora, "target_modules": ["LayerNorm"]}, "takes no adapter"),
         ({"method": Method.lora, "target_modules": ["decoder"]}, "takes no adapter"),
