@@ -189,6 +189,7 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
         What to run.
     """
     chosen = _chosen(arguments)
+    begun_with = _deciding(chosen)
     compare = all(keeps_setting(key) for key in chosen)
     if "experiment" in chosen:
         study, chosen = _as_demo(study, chosen)
@@ -198,7 +199,7 @@ def make_plan(study: Study, arguments: Sequence[str]) -> Plan:
     used = {*shared, *(key for axes in own.values() for key in axes)}
     fixed = {key: f"{key}={value}" for key, value in study.base.items()}
     fixed |= {key: axis.overrides[0] for key, axis in chosen.items() if key not in used}
-    return Plan(study, fixed, shared, own, asked(arguments), compare)
+    return Plan(study, fixed, shared, own, begun_with, compare)
 
 
 def asked(arguments: Sequence[str]) -> str:
@@ -210,7 +211,10 @@ def asked(arguments: Sequence[str]) -> str:
     Returns:
         Those that do not only say where and how to compute, by key.
     """
-    chosen = _chosen(arguments)
+    return _deciding(_chosen(arguments))
+
+
+def _deciding(chosen: Mapping[str, Axis]) -> str:
     return spelt({key: chosen[key] for key in sorted(chosen) if not is_harmless(key)})
 
 

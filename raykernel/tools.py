@@ -153,7 +153,7 @@ def answer(options: argparse.Namespace) -> pa.Table:
         named = named_query(first)
         parameters = named.parameters(first, rest)
         if named.studies_in is not None:
-            parameters = [_study_in(path, named.studies_in, study) for study in parameters]
+            parameters = _studies_in(path, named.studies_in, parameters)
         if named.takes_overrides:
             parameters.append(_begun_with(path, parameters[0], rest[len(parameters) :]))
         return query(named.sql, path, parameters=parameters, tables=tables)
@@ -164,14 +164,15 @@ def answer(options: argparse.Namespace) -> pa.Table:
     return query(first, path, tables=tables)
 
 
-def _study_in(path: str, table: str, name: str) -> str:
-    """The study of a store that a name stands for."""
+def _studies_in(path: str, table: str, names: list[str]) -> list[str]:
+    """The studies of a store that names stand for."""
     from raykernel.store.query import query
     from raykernel.sweep import full_name
 
     known = query(f"SELECT DISTINCT study FROM {table}", path)["study"].to_pylist()
     unplanned = " A search knows none before." if table == "plans" else ""
-    return full_name(name, known, f"It has no {table} in {path}.{unplanned}")
+    where = f"It has no {table} in {path}.{unplanned}"
+    return [full_name(name, known, where) for name in names]
 
 
 def _begun_with(path: str, study: str, overrides: list[str]) -> str:
