@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,28 +20,45 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of
+from raykernel.ntk.matmul import add_times_transposed, is_onednn_faster, times_transposed
 from raykernel.ntk.ragged import ByLength, Run, by_length, in_order
 
-_CPU_TILE_BYTES = 1 << 22
+_CPU_TILE_BYTES = 1 << 24
 """Tiles small enough to be read back from cache."""
 
 _CPU_TILE_ROWS, _CPU_LARGEST_TILE = 32, 1 << 24
 """Rows from which the products of a tile are not thin, and how much larger it may become for it."""
 
-_CPU_TABLE_BYTES = 1 << 19
+_CPU_TABLE_BYTES = 1 << 20
 """The same for the factored way, which passes over its table twice."""
 
-_TABLE_ROWS = 128
+_TABLE_ROWS = 384
 """Rows of a table from which its products are not thin."""
 
-_STRIP_ROWS = 16
+_STRIP_ROWS = 32
 """Rows below which a matrix product is too thin to be fast."""
 
 _WIDE_STRIP_ROWS = 128
 """Rows from which a strip is as fast as any."""
 
+_LARGE_EXAMPLE = 3 << 19
+"""Multiplications that form an example's gradient from which it pays to call a product for each."""
+
+_TOKEN_STEP = 8
+"""Tokens to which an example's are rounded up, so that oneDNN prepares itself for few shapes."""
+
 _SMALL = 1 << 22
 """Multiplications that are over before a second call has begun."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Factors:
+    """Factors of a run's examples."""
+
+    inputs: Float[Tensor, "n t i"]
+    gradients: Float[Tensor, "n t c o"]
+    lengths: Sequence[int]
+    """Tokens of every example that may carry a gradient."""
 
 
 def direct(
@@ -66,7 +84,7 @@ def direct(
             add_upper(total, own)
         else:
             other = right.row_block(tile).flatten(2).flatten(0, 1).to(dtype)
-            total.addmm_(own, other.mT)
+            add_times_transposed(total, own, other)
     return mirrored(total) if left is right else total
 
 
@@ -105,7 +123,7 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
         if left is right:
             add_upper(total, own)
         else:
-            total.addmm_(own, other[0].mT)
+            add_times_transposed(total, own, other[0])
     block = mirrored(total) if left is right else total
     return in_order(block, orders[0], orders[-1], num_outputs=left.gradients.shape[1])
 
@@ -124,36 +142,39 @@ def _tiling(
     return shape, dtype, max(1, tile_bytes // row_bytes)
 
 
-def _in_runs(
-    part: Product, order: ByLength, dtype: torch.dtype
-) -> list[tuple[Float[Tensor, "n t i"], Float[Tensor, "n t c o"]]]:
+def _in_runs(part: Product, order: ByLength, dtype: torch.dtype) -> list[_Factors]:
     """Factors of every run's examples."""
     by_token = part.gradients.transpose(1, 2)
+    lengths = part.lengths if order.order is None else [part.lengths[e] for e in order.order]
     return [
-        (
+        _Factors(
             order.take(part.inputs, run, 0)[:, : run.num_tokens].to(dtype),
             order.take(by_token, run, 0)[:, : run.num_tokens].to(dtype),
+            lengths[run.places],
         )
         for run in order.runs
     ]
 
 
 def _form(
-    tile: slice,
-    of_inputs: bool,
-    runs: Sequence[tuple[Tensor, Tensor]],
-    buffer: Float[Tensor, " q"],
+    tile: slice, of_inputs: bool, runs: Sequence[_Factors], buffer: Float[Tensor, " q"]
 ) -> Float[Tensor, "nc p"]:
     """Gradient of a tile: per example one product for all outputs."""
-    start, size = 0, 0
-    for inputs, gradients in runs:
-        a, b = (inputs[..., tile], gradients) if of_inputs else (inputs, gradients[..., tile])
-        n, t, c, o = b.shape
-        size = o * a.shape[2]
-        out = buffer[start : start + n * c * size].view(n, c * o, a.shape[2])
-        torch.bmm(b.reshape(n, t, c * o).mT, a, out=out)
+    start = 0
+    for run in runs:
+        a = (run.inputs[..., tile] if of_inputs else run.inputs).contiguous()
+        b = run.gradients if of_inputs else run.gradients[..., tile]
+        (n, t, c, o), i = b.shape, a.shape[2]
+        b = b.reshape(n, t, c * o)
+        out = buffer[start : start + n * c * o * i].view(n, c * o, i)
+        if t * c * o * i >= _LARGE_EXAMPLE and is_onednn_faster(a):
+            for own, own_a, own_b, num_tokens in zip(out, a, b, run.lengths, strict=True):
+                u = min(-(-num_tokens // _TOKEN_STEP) * _TOKEN_STEP, t)
+                own.copy_(times_transposed(own_b[:u].mT, own_a[:u].mT))
+        else:
+            torch.bmm(b.mT, a, out=out)
         start += out.numel()
-    return buffer[:start].view(-1, size)
+    return buffer[:start].view(-1, o * i)
 
 
 def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
@@ -186,8 +207,8 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
         for j in range(i if symmetric else 0, len(of_cols)):
             (a2, b2), other = of_cols[j], cols.runs[j]
             of_others = (other.num_tokens, other.num_examples)
-            table = (b @ b2.mT).view(c, *of_rows, c, *of_others)
-            table.mul_((a @ a2.mT).view(*of_rows, 1, *of_others))
+            table = times_transposed(b, b2).view(c, *of_rows, c, *of_others)
+            table.mul_(times_transposed(a, a2).view(*of_rows, 1, *of_others))
             total[run.places, :, other.places] = table.sum(1).sum(3).permute(1, 0, 3, 2)
     block = total.view(n * c, m * c)
     return in_order(mirrored(block) if symmetric else block, rows, cols, num_outputs=c)
@@ -238,7 +259,8 @@ def add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
         return
     size = _strip_rows(num_rows)
     for start in range(0, num_rows, size):
-        total[start : start + size, start:].addmm_(rows[start : start + size], rows[start:].mT)
+        strip = rows[start : start + size]
+        add_times_transposed(total[start : start + size, start:], strip, rows[start:])
 
 
 def upper_share(num_rows: int) -> float:

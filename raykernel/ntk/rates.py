@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import time
 import uuid
@@ -24,8 +25,12 @@ import torch
 
 from raykernel.cache import cache_folder
 from raykernel.errors import is_out_of_memory
+from raykernel.ntk import onednn
 
 _REPEATS = 5
+
+_MUCH_FASTER = 0.8
+"""Share of the time of torch's own product that oneDNN's may take to be used, beyond chance."""
 
 _SAMPLE_SECONDS = 0.3
 """That timing the passes of a model may take beyond a pass over two examples."""
@@ -39,6 +44,8 @@ class Rates:
     """Floating-point operations of a float32 matrix product, per second."""
     bandwidth: float
     """Bytes of elementwise work read and written, per second."""
+    onednn: bool = False
+    """Whether that product is oneDNN's, which was much the faster."""
 
     def seconds(self, flops: float, num_bytes: float) -> float:
         """Predicted time of so much work."""
@@ -121,9 +128,12 @@ def _known(device: str, name: str, threads: int) -> Rates:
     file_name = "-".join("".join(c if c.isalnum() else "_" for c in word) for word in words)
     path = cache_folder() / "rates" / f"{file_name}.json"
     try:
-        return Rates(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # not measured yet, or another version's file
-        found = measure(torch.device(device))
+        known = json.loads(path.read_text())
+        if known.keys() == asdict(Rates(0.0, 0.0)).keys():
+            return Rates(**known)
+    except (OSError, ValueError, AttributeError):  # not measured yet, or another version's file
+        pass
+    found = measure(torch.device(device))
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
         _write(path, json.dumps(asdict(found)))
     return found
@@ -150,9 +160,14 @@ def measure(device: torch.device) -> Rates:
     a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
     table, other = torch.ones(table_size, device=device), torch.ones(table_size, device=device)
     product = _best(lambda: torch.mm(a, b), device)
+    by_onednn = math.inf
+    if device.type == "cpu" and onednn.available():
+        by_onednn = _best(lambda: onednn.linear(a, b), device)
+    faster = by_onednn < _MUCH_FASTER * product
+    best = by_onednn if faster else product
     elementwise = _best(lambda: table.mul_(other).view(-1, 32).sum(1), device)
     # The table is read twice and written once.
-    return Rates(2.0 * size**3 / product, 3.0 * 4 * table_size / elementwise)
+    return Rates(2.0 * size**3 / best, 3.0 * 4 * table_size / elementwise, faster)
 
 
 def _best(

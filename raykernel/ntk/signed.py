@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raykernel.ntk import signs
 from raykernel.ntk.factors import Part, accumulator, num_rows_of, summed_rows, support_of
+from raykernel.ntk.matmul import times_transposed
 from raykernel.ntk.packed import Packed, formed_rows
 from raykernel.ntk.pairs import add_upper, mirrored, tiles
 from raykernel.terms import Kind
@@ -64,7 +65,7 @@ def signed(
                 piece = a.new_zeros(shape)
                 add_upper(piece, a)
             else:
-                piece = a @ b.mT
+                piece = times_transposed(a, b)
             total[kind] += piece
     result = {}
     for kind, block in total.items():
