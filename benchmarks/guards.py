@@ -40,7 +40,7 @@ from raykernel.store.blocks import Store
 GUARDS: dict[str, tuple[object, str, object]] = {
     "finite weights": (captures, "check_parameters", lambda module: None),
     "second pass": (worker, "check_second_pass", lambda *arguments: None),
-    "finite blocks": (contract, "_is_finite", lambda block: True),
+    "finite blocks": (contract, "is_finite", lambda block: True),
     "symmetry": (gram, "check_symmetric", lambda *arguments: None),
     "semidefiniteness": (gram, "check_semidefinite", lambda *arguments: None),
 }

@@ -30,7 +30,7 @@ from torch import Tensor
 from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.factors import Lookup, Part, Product, accumulator
+from raykernel.ntk.factors import Lookup, Part, Product, accumulator, is_finite
 from raykernel.ntk.lookups import shared_tokens
 from raykernel.ntk.packed import MAX_BYTES, Packed, PackedRows, SignedCapture
 from raykernel.ntk.pairs import direct, factored, formed, upper_share
@@ -280,7 +280,7 @@ def grams(
     blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
     for group in wanted:
         for kind, block in _group_blocks(rows, cols, group, kinds, limits).items():
-            if not _is_finite(block):
+            if not is_finite(block):
                 row, _, col, _ = (
                     int(place[0]) for place in (~block.isfinite()).nonzero(as_tuple=True)
                 )
@@ -293,11 +293,6 @@ def grams(
                 )
             blocks[kind][group] = block
     return blocks
-
-
-def _is_finite(block: Block) -> bool:
-    # One pass over the block; a sum of finite entries may overflow, a finite sum has no other.
-    return bool(block.sum().isfinite()) or bool(block.isfinite().all())
 
 
 def needs_signs_only(kinds: Sequence[Kind]) -> bool:

@@ -8,6 +8,7 @@ makes every pair of parts contractible, so a tied matrix may be a lookup here an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -159,6 +160,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite, in one pass where they are."""
+    # A sum of finite entries may overflow, but a finite sum has no other.
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
+
+
 def _raised(tensor: Tensor) -> Tensor:
     return tensor.to(accumulator(tensor.dtype))
 
@@ -295,12 +302,12 @@ def compress(part: Part) -> tuple[Part, bool]:
         The part, and whether its gradients are finite.
     """
     if isinstance(part, Rows):
-        return part, bool(part.gradients.isfinite().all())
+        return part, is_finite(part.gradients)
     if not part.gradients.numel():
         return part, True
     by_token = _by_token(part).flatten(2)
     peak = torch.maximum(by_token.amax(2), -by_token.amin(2))
-    finite = bool(peak.isfinite().all())
+    finite = is_finite(peak)
     part = _drop_tokens(part, peak != 0)
     if isinstance(part, Product):
         part = _drop_columns(part)

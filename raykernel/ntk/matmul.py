@@ -88,10 +88,12 @@ def is_onednn_faster(like: Tensor) -> bool:
         like: any tensor.
 
     Returns:
-        The same answer in every process of a machine and number of threads.
+        The same answer in every process of a machine, number of threads and limits of memory.
     """
     plain = like.device.type == "cpu" and like.dtype == torch.float32
-    return plain and not torch.is_autocast_enabled("cpu") and _measured(torch.get_num_threads())
+    if not plain or torch.is_autocast_enabled("cpu"):
+        return False
+    return _measured(torch.get_num_threads()) and onednn.is_safe()
 
 
 class _Linear(torch.autograd.Function):

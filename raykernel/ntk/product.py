@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from raykernel.errors import InputError, NonFiniteError, is_out_of_memory, nearest
-from raykernel.ntk import audit
+from raykernel.ntk import audit, matmul
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import accumulator
 from raykernel.ntk.passes import (
@@ -285,8 +286,15 @@ class _Network(nn.Module):
         return checked_logits(self.model, self._readout, batch)
 
 
-class _PaddingFixed(TorchFunctionMode):
-    """Forward mode as a gradient has it: an embedding's `padding_idx` row does not vary."""
+_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
+
+
+class _ForwardMode(TorchFunctionMode):
+    """Forward mode as a gradient has it, and linear layers by the faster products.
+
+    An embedding's `padding_idx` row does not vary.
+    """
 
     def __torch_function__(
         self,
@@ -296,6 +304,8 @@ class _PaddingFixed(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
+        if func is F.linear:
+            return _linear(*args, **options)
         out = func(*args, **options)
         if func is not F.embedding:
             return out
@@ -306,12 +316,21 @@ class _PaddingFixed(TorchFunctionMode):
         return torch.where(padding.unsqueeze(-1), out.detach(), out)
 
 
-_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
-_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X Wᵀ + b, and its change ẋ Wᵀ + x Ẇᵀ + ḃ."""
+    (x, of_x), (w, of_w) = _unpack_dual(input), _unpack_dual(weight)
+    b, of_b = (None, None) if bias is None else _unpack_dual(bias)
+    out = matmul.linear(x, w, b)
+    terms = [matmul.linear(x, of_w, of_b)] if of_w is not None else []
+    if of_x is not None:
+        terms.append(matmul.linear(of_x, w, None if terms else of_b))
+    if not terms and of_b is not None:
+        terms.append(of_b.expand_as(out))
+    return _make_dual(out, reduce(torch.add, terms)) if terms else out
 
 
 def _forward_mode(task: _Task, batch: Batch) -> _Product | None:
-    with forward_ad.dual_level(), _PaddingFixed():
+    with forward_ad.dual_level(), _ForwardMode():
         network = _Network(task.model, task.readout)
         out: Tensor = torch.func.functional_call(network, _duals(task), (batch,))
         # No dual needs a gradient. If the logits do, a parameter came from elsewhere than its

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from raykernel.ntk import matmul, onednn, rates
 from raykernel.ntk.capture import Tracer
 from raykernel.ntk.contract import grams
+from raykernel.ntk.product import tangent
 from raykernel.ntk.rates import Rates
 from raykernel.terms import Kind
 from tests import oracles
@@ -139,6 +142,20 @@ def test_a_process_asks_the_kept_rates(monkeypatch):
     matmul._measured.cache_clear()
 
 
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_onednn_is_not_called_where_memory_can_be_refused(kind, calls, chosen, monkeypatch):
+    chosen(True)
+    limits = {getattr(resource, kind): (1 << 40, resource.RLIM_INFINITY)}
+    infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, infinite))
+    left = normal(256, 128)
+    assert torch.equal(matmul.times_transposed(left, left), left @ left.mT)
+    assert not calls
+    limits.clear()
+    matmul.times_transposed(left, left)
+    assert calls
+
+
 class Tokens(nn.Module):
     """Two layers over tokens of 64 features, padded with zeros, and a sum."""
 
@@ -174,4 +191,21 @@ def test_a_kernel_by_onednn_is_that_of_the_definition(way, calls, chosen):
         found = grams(left, other, rates=routes[way])[Kind.sgd]
         by_parameter = oracles.kernel_by_parameter(model, readout, rows, batch)
         assert_close(sum(found.values()), sum(by_parameter.values()))
+    assert calls
+
+
+def test_a_product_with_the_kernel_by_onednn_is_that_of_the_definition(calls, chosen):
+    chosen(True)
+    model = Tokens()
+    batch = {"tokens": normal(8, 48, 64), "alive": torch.ones(8, 48)}
+
+    def readout(module, batch):
+        return module(**batch)
+
+    direction = {name: normal(*p.shape, seed=4) for name, p in model.named_parameters()}
+    logits, change = tangent(model, readout, batch, direction)
+    jacobian = oracles.jacobian(model, readout, batch)
+    exact = {name: value.double() for name, value in direction.items()}
+    assert_close(change, oracles.along(jacobian, exact))
+    assert_close(logits, readout(model, batch).detach().double())
     assert calls
