@@ -25,6 +25,9 @@ _DROP_SHARE = 0.8
 _RAGGED_SHARE = 0.95
 """Share of tokens that may be left for it to pay to know how many each example has."""
 
+_CPU_TILE_BYTES = 1 << 24
+"""Small enough to be read back from a cache, and large enough that no product is thin."""
+
 _COLUMN_SEARCH = 1024
 """Output features from which it pays to look for those that no readout uses (an LM head's)."""
 
@@ -158,6 +161,19 @@ _Tokens = TypeVar("_Tokens", Product, Lookup)
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Type in which products of this type are summed: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def tile_bytes(device: torch.device, max_bytes: int) -> int:
+    """Gradients that are formed at a time, in bytes.
+
+    Args:
+        device: where.
+        max_bytes: bound on them.
+
+    Returns:
+        The bound on a GPU, at most what a cache holds elsewhere.
+    """
+    return max_bytes if device.type == "cuda" else min(max_bytes, _CPU_TILE_BYTES)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -35,13 +35,11 @@ from raykernel.ntk.factors import (
     num_rows_of,
     summed_rows,
     support_of,
+    tile_bytes,
 )
 
 MAX_BYTES = 1 << 28
 """Default bound on the temporaries of a contraction, and of packing."""
-
-_CPU_TILE_BYTES = 1 << 24
-"""Small enough to be read back from cache."""
 
 
 class _Side(ABC):
@@ -216,9 +214,8 @@ def formed_rows(num_gradients: int, width: int, device: torch.device, max_bytes:
     Returns:
         A power of two; for rows that do not fill whole bytes at least four, which do.
     """
-    tile_bytes = max_bytes if device.type == "cuda" else min(max_bytes, _CPU_TILE_BYTES)
     # Gradients and signs of both sides, and what takes the sign.
-    size = max(1, tile_bytes // (2 * 4 * 3 * num_gradients * max(width, 1)))
+    size = max(1, tile_bytes(device, max_bytes) // (2 * 4 * 3 * num_gradients * max(width, 1)))
     return max(1 << (size.bit_length() - 1), 4 if width % 4 else 1)
 
 

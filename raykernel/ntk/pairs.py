@@ -19,18 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of
+from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of, tile_bytes
 from raykernel.ntk.matmul import add_times_transposed, is_onednn_faster, times_transposed
 from raykernel.ntk.ragged import ByLength, Run, by_length, in_order
 
-_CPU_TILE_BYTES = 1 << 24
-"""Tiles small enough to be read back from cache."""
-
-_CPU_TILE_ROWS, _CPU_LARGEST_TILE = 32, 1 << 24
-"""Rows from which the products of a tile are not thin, and how much larger it may become for it."""
-
 _CPU_TABLE_BYTES = 1 << 20
-"""The same for the factored way, which passes over its table twice."""
+"""A table of the factored way that is read back from a cache, which happens twice."""
 
 _TABLE_ROWS = 384
 """Rows of a table from which its products are not thin."""
@@ -135,11 +129,7 @@ def _tiling(
     shape = [part.gradients.shape[:2].numel() for part in (left, right)]
     dtype = accumulator(torch.promote_types(left.gradients.dtype, right.gradients.dtype))
     row_bytes = dtype.itemsize * max(shape[0] if left is right else sum(shape), 1) * width
-    tile_bytes = max_bytes
-    if not left.gradients.is_cuda:
-        wanted = max(_CPU_TILE_BYTES, min(_CPU_TILE_ROWS * row_bytes, _CPU_LARGEST_TILE))
-        tile_bytes = min(max_bytes, wanted)
-    return shape, dtype, max(1, tile_bytes // row_bytes)
+    return shape, dtype, max(1, tile_bytes(left.gradients.device, max_bytes) // row_bytes)
 
 
 def _in_runs(part: Product, order: ByLength, dtype: torch.dtype) -> list[_Factors]:
