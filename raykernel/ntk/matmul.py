@@ -9,12 +9,14 @@ sum in float32 does. Which one a process uses is measured once per machine and k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from raykernel.ntk import onednn
@@ -50,7 +52,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def times_transposed(
     left: Float[Tensor, "r p"], right: Float[Tensor, "s p"]
 ) -> Float[Tensor, "r s"]:
-    """Left rightᵀ.
+    """The product left rightᵀ.
 
     Args:
         left: one matrix.
@@ -65,7 +67,7 @@ def times_transposed(
 def add_times_transposed(
     total: Float[Tensor, "r s"], left: Float[Tensor, "r p"], right: Float[Tensor, "s p"]
 ) -> None:
-    """Total + left rightᵀ, in place.
+    """Add left rightᵀ to a matrix.
 
     Args:
         total: the sum.
@@ -93,6 +95,9 @@ def is_onednn_faster(like: Tensor) -> bool:
     return _measured(torch.get_num_threads()) and onednn.is_safe()
 
 
+_once_differentiable: Callable[[Callable[..., Any]], Callable[..., Any]] = once_differentiable
+
+
 class _Linear(torch.autograd.Function):
     """A linear layer whose weight is fixed."""
 
@@ -102,6 +107,7 @@ class _Linear(torch.autograd.Function):
         return onednn.linear(input, weight, bias)
 
     @staticmethod
+    @_once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return onednn.linear(gradients[0], weight.mT), None, None

@@ -135,7 +135,8 @@ def _tiling(
 def _in_runs(part: Product, order: ByLength, dtype: torch.dtype) -> list[_Factors]:
     """Factors of every run's examples."""
     by_token = part.gradients.transpose(1, 2)
-    lengths = part.lengths if order.order is None else [part.lengths[e] for e in order.order]
+    order_of = range(len(part.inputs)) if order.order is None else order.order.tolist()
+    lengths = [part.lengths[example] for example in order_of]
     return [
         _Factors(
             order.take(part.inputs, run, 0)[:, : run.num_tokens].to(dtype),

@@ -317,7 +317,7 @@ class _ForwardMode(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X Wᵀ + b, and its change ẋ Wᵀ + x Ẇᵀ + ḃ."""
+    """The layer x Wᵀ + b, and its change ẋ Wᵀ + x Ẇᵀ + ḃ."""
     (x, of_x), (w, of_w) = _unpack_dual(input), _unpack_dual(weight)
     b, of_b = (None, None) if bias is None else _unpack_dual(bias)
     out = matmul.linear(x, w, b)
