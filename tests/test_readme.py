@@ -118,7 +118,7 @@ def test_speeds_are_those_of_the_committed_run():
         peers = {
             name: float(row[1])
             for name, row in by_name.items()
-            if not name.startswith("raykernel") and name != "floor"
+            if not name.startswith(("raykernel", "floor"))
         }
         best = min(peers, key=lambda name: peers[name])
         shown = [
