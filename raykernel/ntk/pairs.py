@@ -135,13 +135,11 @@ def _tiling(
 def _in_runs(part: Product, order: ByLength, dtype: torch.dtype) -> list[_Factors]:
     """Factors of every run's examples."""
     by_token = part.gradients.transpose(1, 2)
-    order_of = range(len(part.inputs)) if order.order is None else order.order.tolist()
-    lengths = [part.lengths[example] for example in order_of]
     return [
         _Factors(
             order.take(part.inputs, run, 0)[:, : run.num_tokens].to(dtype),
             order.take(by_token, run, 0)[:, : run.num_tokens].to(dtype),
-            lengths[run.places],
+            order.lengths[run.places],
         )
         for run in order.runs
     ]

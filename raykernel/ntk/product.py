@@ -321,12 +321,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     (x, of_x), (w, of_w) = _unpack_dual(input), _unpack_dual(weight)
     b, of_b = (None, None) if bias is None else _unpack_dual(bias)
     out = matmul.linear(x, w, b)
-    terms = [matmul.linear(x, of_w, of_b)] if of_w is not None else []
+    changes = [] if of_b is None else [of_b.expand_as(out)]
+    if of_w is not None:
+        changes.append(matmul.linear(x, of_w))
     if of_x is not None:
-        terms.append(matmul.linear(of_x, w, None if terms else of_b))
-    if not terms and of_b is not None:
-        terms.append(of_b.expand_as(out))
-    return _make_dual(out, reduce(torch.add, terms)) if terms else out
+        changes.append(matmul.linear(of_x, w))
+    return _make_dual(out, reduce(torch.add, changes)) if changes else out
 
 
 def _forward_mode(task: _Task, batch: Batch) -> _Product | None:

@@ -1,5 +1,7 @@
 """How fast a device is: two constants, measured once, that decide between equal ways.
 
+On a CPU the first is that of the faster of two libraries for products, see `matmul`.
+
 What they cannot say is how long a pass of a given model takes: attention, normalisations and
 hooks are no matrix products. That is measured on the model (`pass_rate`), for predictions alone.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from raykernel.errors import InconsistentError, NonFiniteError
 from raykernel.ntk.batches import Batch, Readout, num_examples
+from raykernel.ntk.factors import is_finite
 
 _READOUT = "the readout"
 
@@ -32,8 +33,7 @@ def check_parameters(model: nn.Module) -> None:
         NonFiniteError: with the first such parameter.
     """
     for name, parameter in model.named_parameters():
-        # A finite sum has finite terms only; finite terms may overflow in it.
-        if not bool(parameter.detach().sum().isfinite() or parameter.isfinite().all()):
+        if not is_finite(parameter.detach()):
             layer = name.rpartition(".")[0] or name
             raise NonFiniteError(
                 f"{layer}: parameter {name!r} holds NaN or infinity, expected finite weights. "
