@@ -56,6 +56,7 @@ class Measurer:
         self._problem = take_problem(self, spec.worker, head)
         self._examples = Examples(spec.worker.encoded, spec.worker.compute.device)
 
+    @fast_products()
     def measure(self, paths: tuple[str, ...]) -> BaselineReceipt:
         """Measure modules and store what is found.
 

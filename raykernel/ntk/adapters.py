@@ -31,6 +31,7 @@ from raykernel.errors import InputError, nearest
 from raykernel.ntk.capture import Capture, Parts
 from raykernel.ntk.factors import Part, Product, Rows, accumulator
 from raykernel.ntk.groups import ROOT
+from raykernel.ntk.matmul import fast_products
 
 
 def lora_scale(alpha: float | int, rank: int, *, rslora: bool = False) -> float:
@@ -136,6 +137,7 @@ def _uniform(seed: int, name: str, rank: int, width: int) -> Float[Tensor, "r i"
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-52 - 1).view(rank, width)
 
 
+@fast_products()
 def lora(
     capture: Capture, matrices: Mapping[str, Float[Tensor, "r i"]], *, scale: float
 ) -> Capture:
@@ -177,6 +179,7 @@ def _projected(part: Product, matrix: Float[Tensor, "r i"], scale: float, group:
     return replace(part, inputs=low, transposed=False)
 
 
+@fast_products()
 def dora(
     capture: Capture,
     model: nn.Module,
@@ -224,6 +227,7 @@ def _magnitudes(part: Product, model: nn.Module, group: str) -> Part:
     return _output_scale(part, outputs)
 
 
+@fast_products()
 def ia3(
     capture: Capture,
     model: nn.Module,

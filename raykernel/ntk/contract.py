@@ -32,6 +32,7 @@ from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
 from raykernel.ntk.factors import Lookup, Part, Product, accumulator, is_finite
 from raykernel.ntk.lookups import shared_tokens
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.packed import MAX_BYTES, Packed, PackedRows, SignedCapture
 from raykernel.ntk.pairs import direct, factored, formed, upper_share
 from raykernel.ntk.rates import Rates, rates_of
@@ -239,6 +240,7 @@ def gram(
     return grams(rows, cols, groups=groups, max_bytes=max_bytes)[Kind.sgd]
 
 
+@fast_products()
 def grams(
     rows: Capture | SignedCapture,
     cols: Capture | SignedCapture,

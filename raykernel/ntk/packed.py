@@ -37,6 +37,7 @@ from raykernel.ntk.factors import (
     support_of,
     tile_bytes,
 )
+from raykernel.ntk.matmul import fast_products
 
 MAX_BYTES = 1 << 28
 """Default bound on the temporaries of a contraction, and of packing."""
@@ -166,6 +167,7 @@ class SignedCapture:
         )
 
 
+@fast_products()
 def signed_capture(
     capture: Capture,
     *,

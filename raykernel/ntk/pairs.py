@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of, tile_bytes
-from raykernel.ntk.matmul import add_times_transposed, is_onednn_faster, times_transposed
 from raykernel.ntk.ragged import ByLength, Run, by_length, in_order
 
 _CPU_TABLE_BYTES = 1 << 20
@@ -35,12 +34,6 @@ _STRIP_ROWS = 32
 _WIDE_STRIP_ROWS = 128
 """Rows from which a strip is as fast as any."""
 
-_LARGE_EXAMPLE = 3 << 19
-"""Multiplications that form an example's gradient from which it pays to call a product for each."""
-
-_TOKEN_STEP = 8
-"""Tokens to which an example's are rounded up, so that oneDNN prepares itself for few shapes."""
-
 _SMALL = 1 << 22
 """Multiplications that are over before a second call has begun."""
 
@@ -51,8 +44,6 @@ class _Factors:
 
     inputs: Float[Tensor, "n t i"]
     gradients: Float[Tensor, "n t c o"]
-    lengths: Sequence[int]
-    """Tokens of every example that may carry a gradient."""
 
 
 def direct(
@@ -78,7 +69,7 @@ def direct(
             add_upper(total, own)
         else:
             other = right.row_block(tile).flatten(2).flatten(0, 1).to(dtype)
-            add_times_transposed(total, own, other)
+            total.addmm_(own, other.mT)
     return mirrored(total) if left is right else total
 
 
@@ -117,7 +108,7 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
         if left is right:
             add_upper(total, own)
         else:
-            add_times_transposed(total, own, other[0])
+            total.addmm_(own, other[0].mT)
     block = mirrored(total) if left is right else total
     return in_order(block, orders[0], orders[-1], num_outputs=left.gradients.shape[1])
 
@@ -139,7 +130,6 @@ def _in_runs(part: Product, order: ByLength, dtype: torch.dtype) -> list[_Factor
         _Factors(
             order.take(part.inputs, run, 0)[:, : run.num_tokens].to(dtype),
             order.take(by_token, run, 0)[:, : run.num_tokens].to(dtype),
-            order.lengths[run.places],
         )
         for run in order.runs
     ]
@@ -154,14 +144,8 @@ def _form(
         a = (run.inputs[..., tile] if of_inputs else run.inputs).contiguous()
         b = run.gradients if of_inputs else run.gradients[..., tile]
         (n, t, c, o), i = b.shape, a.shape[2]
-        b = b.reshape(n, t, c * o)
         out = buffer[start : start + n * c * o * i].view(n, c * o, i)
-        if t * c * o * i >= _LARGE_EXAMPLE and is_onednn_faster(a):
-            for own, own_a, own_b, num_tokens in zip(out, a, b, run.lengths, strict=True):
-                u = min(-(-num_tokens // _TOKEN_STEP) * _TOKEN_STEP, t)
-                own.copy_(times_transposed(own_b[:u].mT, own_a[:u].mT))
-        else:
-            torch.bmm(b.mT, a, out=out)
+        torch.bmm(b.reshape(n, t, c * o).mT, a, out=out)
         start += out.numel()
     return buffer[:start].view(-1, o * i)
 
@@ -196,8 +180,8 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
         for j in range(i if symmetric else 0, len(of_cols)):
             (a2, b2), other = of_cols[j], cols.runs[j]
             of_others = (other.num_tokens, other.num_examples)
-            table = times_transposed(b, b2).view(c, *of_rows, c, *of_others)
-            table.mul_(times_transposed(a, a2).view(*of_rows, 1, *of_others))
+            table = (b @ b2.mT).view(c, *of_rows, c, *of_others)
+            table.mul_((a @ a2.mT).view(*of_rows, 1, *of_others))
             total[run.places, :, other.places] = table.sum(1).sum(3).permute(1, 0, 3, 2)
     block = total.view(n * c, m * c)
     return in_order(mirrored(block) if symmetric else block, rows, cols, num_outputs=c)
@@ -249,7 +233,7 @@ def add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
     size = _strip_rows(num_rows)
     for start in range(0, num_rows, size):
         strip = rows[start : start + size]
-        add_times_transposed(total[start : start + size, start:], strip, rows[start:])
+        total[start : start + size, start:].addmm_(strip, rows[start:].mT)
 
 
 def upper_share(num_rows: int) -> float:

@@ -15,6 +15,7 @@ from raykernel.errors import InputError
 from raykernel.ntk import witness
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import accumulator
+from raykernel.ntk.matmul import fast_products
 
 
 def selected_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -40,7 +41,7 @@ def selected_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def prepared(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Context in which modules are in eval mode and these parameters alone need a gradient.
+    """Context of a pass: eval mode, a gradient of these parameters alone, the faster products.
 
     Args:
         model: the network; its modes and flags are as before afterwards, also after an error.
@@ -58,7 +59,7 @@ def prepared(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), fast_products():
             yield
     finally:
         for module, mode in training.items():

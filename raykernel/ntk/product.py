@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from raykernel.errors import InputError, NonFiniteError, is_out_of_memory, nearest
-from raykernel.ntk import audit, matmul
+from raykernel.ntk import audit
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import accumulator
 from raykernel.ntk.passes import (
@@ -286,15 +285,8 @@ class _Network(nn.Module):
         return checked_logits(self.model, self._readout, batch)
 
 
-_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
-_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
-
-
-class _ForwardMode(TorchFunctionMode):
-    """Forward mode as a gradient has it, and linear layers by the faster products.
-
-    An embedding's `padding_idx` row does not vary.
-    """
+class _PaddingFixed(TorchFunctionMode):
+    """Forward mode as a gradient has it: an embedding's `padding_idx` row does not vary."""
 
     def __torch_function__(
         self,
@@ -304,8 +296,6 @@ class _ForwardMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
-        if func is F.linear:
-            return _linear(*args, **options)
         out = func(*args, **options)
         if func is not F.embedding:
             return out
@@ -316,21 +306,12 @@ class _ForwardMode(TorchFunctionMode):
         return torch.where(padding.unsqueeze(-1), out.detach(), out)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The layer x Wᵀ + b, and its change ẋ Wᵀ + x Ẇᵀ + ḃ."""
-    (x, of_x), (w, of_w) = _unpack_dual(input), _unpack_dual(weight)
-    b, of_b = (None, None) if bias is None else _unpack_dual(bias)
-    out = matmul.linear(x, w, b)
-    changes = [] if of_b is None else [of_b.expand_as(out)]
-    if of_w is not None:
-        changes.append(matmul.linear(x, of_w))
-    if of_x is not None:
-        changes.append(matmul.linear(of_x, w))
-    return _make_dual(out, reduce(torch.add, changes)) if changes else out
+_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
 
 
 def _forward_mode(task: _Task, batch: Batch) -> _Product | None:
-    with forward_ad.dual_level(), _ForwardMode():
+    with forward_ad.dual_level(), _PaddingFixed():
         network = _Network(task.model, task.readout)
         out: Tensor = torch.func.functional_call(network, _duals(task), (batch,))
         # No dual needs a gradient. If the logits do, a parameter came from elsewhere than its

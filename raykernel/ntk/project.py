@@ -31,6 +31,7 @@ from torch import Tensor
 
 from raykernel.ntk.capture import Capture, Parts
 from raykernel.ntk.factors import Lookup, Part, Rows, accumulator
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.random_matrix import RandomMatrices
 
 SKETCH = "(sketch)"
@@ -49,6 +50,7 @@ Range = tuple[int, int]
 """Consecutive coordinates, the second excluded."""
 
 
+@fast_products()
 def project(capture: Capture, matrices: RandomMatrices, *, max_bytes: int = MAX_BYTES) -> Capture:
     """Johnson-Lindenstrauss sketch of every layer group's gradient.
 
@@ -70,6 +72,7 @@ def project(capture: Capture, matrices: RandomMatrices, *, max_bytes: int = MAX_
     return _by_group(capture, partial(_one_sided, matrices=matrices, max_bytes=max_bytes))
 
 
+@fast_products()
 def project_two_sided(
     capture: Capture, rows: RandomMatrices, cols: RandomMatrices, *, max_bytes: int = MAX_BYTES
 ) -> Capture:
@@ -94,6 +97,7 @@ def project_two_sided(
     return _by_group(capture, partial(_two_sided, rows=rows, cols=cols, max_bytes=max_bytes))
 
 
+@fast_products()
 def intrinsic_dimension(
     capture: Capture, matrices: RandomMatrices, *, max_bytes: int = MAX_BYTES
 ) -> Capture:

@@ -16,16 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from raykernel.ntk import matmul
 from raykernel.ntk.factors import Part
 from raykernel.ntk.local import module_gradients
 from raykernel.ntk.rules import RULES, Function, Source, Use, derive
-
-_FASTER: dict[Function, Function] = {F.linear: matmul.linear}
-"""What runs in place of a torch function, parameters needing no gradient."""
 
 
 class Layout(Enum):
@@ -114,9 +109,9 @@ class Recorder(TorchFunctionMode):
         options = dict(kwargs or {})
         if not torch.is_grad_enabled():
             # No gradient flows, or a torch.autograd.Function has its own, which the audit finds.
-            return _FASTER.get(func, func)(*args, **options)
+            return func(*args, **options)
         used = [(place, s) for place, s in self._used(args, options) if not self._inside(s)]
-        out = _FASTER.get(func, func)(*args, **options)
+        out = func(*args, **options)
         if not used or not _holds_tensor(out):
             return out
         source = derive(func, args, self._find)

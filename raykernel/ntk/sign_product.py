@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raykernel.ntk.batches import Batch, Readout
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.factors import Part, summed_rows
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.passes import check_outputs, paired, selected_parameters, zeros_like
 from raykernel.ntk.product import ProductBytes, product_bytes
 
@@ -28,6 +29,7 @@ MAX_BYTES = 1 << 26
 """Default bound on the per-example gradients formed at a time."""
 
 
+@fast_products()
 def weighted_sign_gradient(
     model: nn.Module,
     readout: Readout,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raykernel.ntk import signs
 from raykernel.ntk.factors import Part, accumulator, num_rows_of, summed_rows, support_of
-from raykernel.ntk.matmul import times_transposed
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.packed import Packed, formed_rows
 from raykernel.ntk.pairs import add_upper, mirrored, tiles
 from raykernel.terms import Kind
@@ -26,6 +26,7 @@ from raykernel.terms import Kind
 _Tile = dict[str, Tensor]
 
 
+@fast_products()
 def signed(
     left: Sequence[Part] | Packed,
     right: Sequence[Part] | Packed,
@@ -65,7 +66,7 @@ def signed(
                 piece = a.new_zeros(shape)
                 add_upper(piece, a)
             else:
-                piece = times_transposed(a, b)
+                piece = a @ b.mT
             total[kind] += piece
     result = {}
     for kind, block in total.items():

@@ -32,6 +32,7 @@ from raykernel.compute.fitting import Fitting, FoundT, half
 from raykernel.config import ComputeConfig, Json, RegularizationConfig, TrainingConfig
 from raykernel.errors import DivergedError
 from raykernel.ntk.batches import Batch, Readout
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.passes import checked_logits, selected_parameters
 from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from raykernel.terms import Loss, Metric, Precision, Split
@@ -183,6 +184,7 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
+    @fast_products()
     def advance(self, steps: int = 1) -> list[Point]:
         """Do some steps, as many as are left at the most, and the evaluations that are due.
 
@@ -208,6 +210,7 @@ class Trainer:
         self.seconds += time.monotonic() - start
         return self.curve[before:]
 
+    @fast_products()
     def finish(self) -> FineTuned:
         """Go to the best parameters and judge test with them.
 

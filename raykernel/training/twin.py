@@ -24,6 +24,7 @@ from raykernel.compute import examples, process
 from raykernel.compute.tensorfile import read_tensors, write_tensors
 from raykernel.compute.weights import assign
 from raykernel.errors import DivergedError
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.operator_norm import norm_of_change, norms_on_sphere, operator_norm
 from raykernel.ntk.passes import checked_logits, selected_parameters
 from raykernel.ntk.product import tangents
@@ -66,6 +67,7 @@ class Twin:
         )
         self._result: TwinResult | None = None
 
+    @fast_products()
     def train(self, until: int) -> Receipt[TwinResult]:
         """Train the twin up to a step, with a checkpoint at every evaluation.
 

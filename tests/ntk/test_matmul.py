@@ -1,8 +1,10 @@
-"""Products by either library are the product in float64, and its derivative."""
+"""Products by either library are the product in float64, to the rounding of float32."""
 
 from __future__ import annotations
 
 import resource
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,34 +14,39 @@ from torch.nn import functional as F
 from raykernel.ntk import matmul, onednn, rates
 from raykernel.ntk.capture import Tracer
 from raykernel.ntk.contract import grams
+from raykernel.ntk.matmul import fast_products
+from raykernel.ntk.passes import prepared
 from raykernel.ntk.product import tangent
 from raykernel.ntk.rates import Rates
 from raykernel.terms import Kind
 from tests import oracles
 
-pytestmark = pytest.mark.skipif(not onednn.available(), reason="this torch has no oneDNN")
-
-BOTH = pytest.mark.parametrize("faster", [True, False], ids=["onednn", "torch"])
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Shapes of the products that oneDNN computed."""
-    found = []
-    product = onednn.linear
-
-    def counted(input, weight, bias=None):
-        found.append((tuple(input.shape), tuple(weight.shape)))
-        return product(input, weight, bias)
-
-    monkeypatch.setattr(onednn, "linear", counted)
-    return found
+pytestmark = pytest.mark.skipif(
+    not onednn.available(), reason="torch cannot be told to use oneDNN here"
+)
 
 
 @pytest.fixture
 def chosen(monkeypatch):
     """Says which library counts as the faster one."""
     return lambda faster: monkeypatch.setattr(matmul, "_measured", lambda threads: faster)
+
+
+@pytest.fixture
+def by_onednn(capfd):
+    """Whether oneDNN multiplied matrices while some work was done, by what it says itself."""
+
+    def watch(work):
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            work()
+        return "exec,cpu,matmul" in capfd.readouterr().out
+
+    return watch
+
+
+def setting():
+    return torch.backends.mkldnn.matmul.fp32_precision
 
 
 def normal(*shape, seed=0):
@@ -51,78 +58,128 @@ def assert_close(actual, expected):
     assert (actual.double() - expected).norm() <= 1e-6 * expected.norm()
 
 
-@BOTH
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("lead", [(96,), (6, 17), (2, 3, 31)])
-def test_a_layer_and_its_derivative(lead, bias, faster, calls, chosen):
+A, B = normal(96, 130), normal(130, 72, seed=1)
+GAPS = normal(96, 5000, seed=2)
+TOKENS, WEIGHT, BIAS = normal(6, 17, 130), normal(72, 130, seed=3), normal(72, seed=4)
+HEADS = normal(3, 40, 2, 64, seed=5).transpose(1, 2)
+PRODUCTS = {
+    "mm": lambda of: of(A) @ of(B),
+    "left transposed": lambda of: of(A.mT.contiguous()).mT @ of(B),
+    "right transposed": lambda of: of(A) @ of(B.mT.contiguous()).mT,
+    "both transposed": lambda of: of(B).mT @ of(A).mT,
+    "gaps": lambda of: of(GAPS)[:, :130] @ of(GAPS)[:, 130:260].mT,
+    "one row": lambda of: of(A)[:1] @ of(B),
+    "vector": lambda of: of(A) @ of(B)[:, 0],
+    "nothing": lambda of: of(A)[:0] @ of(B),
+    "no terms": lambda of: of(A)[:, :0] @ of(B)[:0] + 1,
+    "added": lambda of: of(GAPS).clone()[:, 9:81].addmm_(of(A), of(B)),
+    "layer": lambda of: F.linear(of(TOKENS), of(WEIGHT), of(BIAS)),
+    "layer, turned": lambda of: F.linear(of(TOKENS).transpose(0, 1), of(WEIGHT)),
+    "batch": lambda of: of(TOKENS).mT @ of(TOKENS),
+    "heads": lambda of: of(HEADS) @ of(HEADS).mT,
+    "attention": lambda of: F.scaled_dot_product_attention(of(HEADS), of(HEADS), of(HEADS)),
+    "einsum": lambda of: torch.einsum("nto,nti->noi", of(TOKENS), of(TOKENS)[..., :64]),
+    "double": lambda of: of(A).double() @ of(B).double(),
+}
+
+
+@pytest.mark.parametrize("faster", [True, False], ids=["onednn", "torch"])
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=list(PRODUCTS))
+def test_products(product, faster, chosen):
     chosen(faster)
-    x, weight = normal(*lead, 120), normal(130, 120, seed=1)
-    shift = normal(130, seed=2) if bias else None
-    g = normal(*lead, 130, seed=3)
-    x.requires_grad_()
-    out = matmul.linear(x, weight, shift)
-    (own,) = torch.autograd.grad(out, x, g)
-    exact = x.detach().double().requires_grad_()
-    expected = F.linear(exact, weight.double(), None if shift is None else shift.double())
-    assert_close(out, expected)
-    assert_close(own, torch.autograd.grad(expected, exact, g.double())[0])
-    assert len(calls) == (2 if faster else 0)
-    with torch.no_grad():
-        assert torch.equal(matmul.linear(x, weight, shift), out)
+    with fast_products():
+        found = product(lambda tensor: tensor)
+    assert_close(found, product(lambda tensor: tensor.double()))
 
 
-@BOTH
-@pytest.mark.parametrize("turned", [True, False])
-@pytest.mark.parametrize("shape", [(64, 48, 700), (33, 129, 257), (9, 1000, 250)])
-def test_products_with_a_transpose(shape, turned, faster, calls, chosen):
+@pytest.mark.parametrize("faster", [True, False], ids=["onednn", "torch"])
+def test_the_library_is_the_faster_one(faster, chosen, by_onednn):
     chosen(faster)
-    r, s, p = shape
-    left, right = normal(r, p), normal(p, s, seed=1).mT if turned else normal(s, p, seed=1)
-    expected = left.double() @ right.double().mT
-    total = normal(r, 2 * s, seed=2)
-    before = total.double()
-    assert_close(matmul.times_transposed(left, right), expected)
-    matmul.add_times_transposed(total[:, s:], left, right)
-    assert_close(total[:, s:], before[:, s:] + expected)
-    assert torch.equal(total[:, :s].double(), before[:, :s])
-    assert len(calls) == (2 if faster else 0)
+
+    def work():
+        with fast_products():
+            A @ B
+
+    assert by_onednn(work) is faster
+    assert not by_onednn(lambda: A @ B)
 
 
-def test_what_a_weight_needs_it_gets(calls, chosen):
+def test_a_derivative_is_by_the_same_library(chosen):
     chosen(True)
-    x, weight = normal(200, 128).requires_grad_(), normal(128, 128, seed=1).requires_grad_()
-    shift = normal(128, seed=2).requires_grad_()
-    for wanted in ((x, weight), (x, shift)):
-        out = matmul.linear(x, weight, shift).sum()
-        assert all(g is not None for g in torch.autograd.grad(out, wanted))
-    assert not calls
+    x = TOKENS.clone().requires_grad_()
+    g = normal(6, 17, 72, seed=6)
+    with fast_products():
+        (found,) = torch.autograd.grad(F.linear(x, WEIGHT, BIAS), x, g)
+    assert_close(found, g.double() @ WEIGHT.double())
+
+
+def test_the_setting_is_as_before_afterwards(chosen):
+    chosen(True)
+    before = setting()
+    with fast_products():
+        with fast_products():
+            assert setting() == "bf16"
+        assert setting() == "bf16"
+    assert setting() == before
+
+
+def test_the_setting_is_as_before_after_an_error(chosen):
+    chosen(True)
+    before = setting()
+
+    @fast_products()
+    def fail():
+        assert setting() == "bf16"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert setting() == before
+
+
+def test_contexts_of_threads_overlap(chosen):
+    chosen(True)
+    before = setting()
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with fast_products():
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    with fast_products():
+        thread.start()
+        entered.wait()
+    assert setting() == "bf16"
+    left.set()
+    thread.join()
+    assert setting() == before
 
 
 @pytest.mark.parametrize(
-    "pair",
-    {
-        "small": (normal(8, 16), normal(8, 16)),
-        "thin": (normal(2, 4096), normal(512, 4096)),
-        "empty": (normal(64, 0), normal(64, 0)),
-        "gaps": (normal(256, 128), normal(256, 200)[:, :128]),
-        "double": (normal(256, 128).double(), normal(256, 128).double()),
-        "half": (normal(256, 128).bfloat16(), normal(256, 128).bfloat16()),
-    }.items(),
-    ids=lambda pair: pair[0],
+    "capabilities",
+    [
+        {"architecture": "x86_64", "amx_tile": True},
+        {"architecture": "x86_64"},
+        {"architecture": "aarch64", "amx_tile": False},
+        {},
+    ],
+    ids=["AMX", "unknown", "Arm", "old torch"],
 )
-def test_what_onednn_is_no_faster_at_stays(pair, calls, chosen):
-    chosen(True)
-    left, right = pair[1]
-    assert torch.equal(matmul.times_transposed(left, right), left @ right.mT)
-    assert not calls
+def test_processors_that_might_round_are_left_alone(capabilities, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert not onednn.available.__wrapped__()
 
 
-def test_autocast_is_left_alone(calls, chosen):
-    chosen(True)
-    x, weight = normal(256, 128), normal(128, 128, seed=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert matmul.linear(x, weight).dtype == torch.bfloat16
-    assert not calls
+def test_products_that_round_are_noticed(monkeypatch):
+    @contextmanager
+    def rounded():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+    monkeypatch.setattr(onednn, "products", rounded)
+    assert not onednn.available.__wrapped__()
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [(0.5, True), (0.95, False), (2.0, False)])
@@ -137,23 +194,22 @@ def test_onednn_is_used_where_it_is_much_faster(seconds, faster, monkeypatch):
 def test_a_process_asks_the_kept_rates(monkeypatch):
     matmul._measured.cache_clear()
     monkeypatch.setattr(matmul, "rates_of", lambda device: Rates(1.0, 1.0, onednn=True))
-    assert matmul.is_onednn_faster(torch.zeros(1))
-    assert not matmul.is_onednn_faster(torch.zeros(1, dtype=torch.float64))
+    assert matmul.is_onednn_faster()
     matmul._measured.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_onednn_is_not_called_where_memory_can_be_refused(kind, calls, chosen, monkeypatch):
+def test_onednn_is_not_called_where_memory_can_be_refused(kind, chosen, monkeypatch):
     chosen(True)
     limits = {getattr(resource, kind): (1 << 40, resource.RLIM_INFINITY)}
     infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, infinite))
-    left = normal(256, 128)
-    assert torch.equal(matmul.times_transposed(left, left), left @ left.mT)
-    assert not calls
+    before = setting()
+    with fast_products():
+        assert setting() == before
     limits.clear()
-    matmul.times_transposed(left, left)
-    assert calls
+    with fast_products():
+        assert setting() == "bf16"
 
 
 class Tokens(nn.Module):
@@ -171,41 +227,51 @@ class Tokens(nn.Module):
         return self.head((torch.tanh(hidden) * alive.unsqueeze(-1)).sum(1))
 
 
+def readout(module, batch):
+    return module(**batch)
+
+
 @pytest.mark.parametrize("way", ["direct", "factored"])
-def test_a_kernel_by_onednn_is_that_of_the_definition(way, calls, chosen):
+def test_a_kernel_by_onednn_is_that_of_the_definition(way, chosen, by_onednn):
     chosen(True)
     model = Tokens()
     lengths = torch.tensor([48, 30, 41, 17, 48, 25, 8, 33])
     alive = (torch.arange(48) < lengths.unsqueeze(1)).float()
     rows = {"tokens": normal(8, 48, 64), "alive": alive}
     cols = {"tokens": normal(5, 48, 64, seed=1), "alive": alive[:5]}
-
-    def readout(module, batch):
-        return module(**batch)
-
     tracer = Tracer(model, readout)
-    left, right = tracer.capture(rows), tracer.capture(cols)
-    del calls[:]
+    found = []
+    assert by_onednn(lambda: found.extend(map(tracer.capture, (rows, cols))))
+    left, right = found
     routes = {"direct": Rates(1.0, torch.inf), "factored": Rates(1e30, 1e-9)}
     for other, batch in ((left, rows), (right, cols)):
-        found = grams(left, other, rates=routes[way])[Kind.sgd]
+        blocks = {}
+        assert by_onednn(
+            lambda other=other, blocks=blocks: blocks.update(
+                grams(left, other, rates=routes[way])[Kind.sgd]
+            )
+        )
         by_parameter = oracles.kernel_by_parameter(model, readout, rows, batch)
-        assert_close(sum(found.values()), sum(by_parameter.values()))
-    assert calls
+        assert_close(sum(blocks.values()), sum(by_parameter.values()))
 
 
-def test_a_product_with_the_kernel_by_onednn_is_that_of_the_definition(calls, chosen):
+def test_a_product_with_the_kernel_by_onednn_is_that_of_the_definition(chosen, by_onednn):
     chosen(True)
     model = Tokens()
     batch = {"tokens": normal(8, 48, 64), "alive": torch.ones(8, 48)}
-
-    def readout(module, batch):
-        return module(**batch)
-
     direction = {name: normal(*p.shape, seed=4) for name, p in model.named_parameters()}
-    logits, change = tangent(model, readout, batch, direction)
+    found = []
+    assert by_onednn(lambda: found.extend(tangent(model, readout, batch, direction)))
+    logits, change = found
     jacobian = oracles.jacobian(model, readout, batch)
     exact = {name: value.double() for name, value in direction.items()}
     assert_close(change, oracles.along(jacobian, exact))
     assert_close(logits, readout(model, batch).detach().double())
-    assert calls
+
+
+def test_a_pass_multiplies_by_the_faster_library(chosen):
+    chosen(True)
+    before = setting()
+    with prepared(Tokens(), ()):
+        assert setting() == "bf16"
+    assert setting() == before

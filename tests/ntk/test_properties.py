@@ -6,7 +6,6 @@ held on the same draws in every run, and with `-m slow` on thousands of new ones
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +13,8 @@ import pytest
 import torch
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from raykernel.ntk import matmul, onednn, pairs, signs
+from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import grams
 from raykernel.ntk.empirical import empirical_kernel
@@ -52,8 +50,6 @@ class Route:
     crop: bool
     max_bytes: int
     rates: str
-    by_onednn: bool
-    """Whether products run as they do where oneDNN is the faster."""
     apart: frozenset[int]
     """Places of layer groups that are asked for by themselves, before the others."""
 
@@ -73,7 +69,6 @@ ROUTES = st.builds(
     crop=st.booleans(),
     max_bytes=_max_bytes,
     rates=st.sampled_from(sorted(RATES)),
-    by_onednn=st.booleans(),
     apart=st.frozensets(st.integers(0, 6), max_size=3),
 )
 
@@ -217,19 +212,6 @@ def called(problem, route):
     return blocks
 
 
-@contextmanager
-def by_onednn():
-    """Context in which products take oneDNN's ways, whatever their size, but torch's float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (matmul, pairs):
-            patch.setattr(module, "is_onednn_faster", lambda like: True)
-        patch.setattr(matmul, "_SMALL", 1)
-        patch.setattr(matmul, "_THIN", 1)
-        patch.setattr(pairs, "_LARGE_EXAMPLE", 100)  # some of the products, and not others
-        patch.setattr(onednn, "linear", F.linear)
-        yield
-
-
 WAYS = {"capture": captured, "stream": streamed, "call": called}
 
 
@@ -272,8 +254,7 @@ def check_kernel(way, recipe, route):
     problem = drawn.build(recipe)
     examples = (problem.rows, problem.rows if route.symmetric else problem.cols)
     rows, cols = (side(problem, batch, route.dead_zone) for batch in examples)
-    with by_onednn() if route.by_onednn else nullcontext():
-        found = WAYS[way](problem, route)
+    found = WAYS[way](problem, route)
     assert set(found) == set(route.kinds)
     groups = find_groups(problem.model)
     for kind, blocks in found.items():
