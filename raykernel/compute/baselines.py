@@ -31,6 +31,7 @@ from raykernel.compute import memory, process
 from raykernel.compute.examples import Examples
 from raykernel.compute.loading import model_bytes, settle, stored_head, take_problem
 from raykernel.compute.spec import BaselineReceipt, BaselineSpec
+from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.product import product_bytes
 from raykernel.ntk.selections import varying
 from raykernel.problem.readout import Probed
