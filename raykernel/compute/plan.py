@@ -97,8 +97,8 @@ class WorkerPlan:
             )
             for part in self.parts
         ]
-        least = sum(way.seconds for way in ways)
-        return Cost(sum(way.flops for way in ways), contract.real_seconds(least, len(ways)))
+        seconds = contract.total_seconds(way.seconds for way in ways)
+        return Cost(sum(way.flops for way in ways), seconds)
 
 
 def _pieces(num: int, size: int) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raykernel.config import Json, ProjectionConfig
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.contract import gram, grams, real_seconds
+from raykernel.ntk.contract import gram, grams
 from raykernel.ntk.distortion import (
     dimension_needed,
     error_bound,
@@ -55,7 +55,10 @@ _SECONDS_PER_ENTRY = {Entries.rademacher: 1e-9, Entries.gaussian: 16e-9}
 """Of making a matrix and bringing it to where it is multiplied, measured on one core at k = 256;
 always made on the CPU, whatever the device."""
 
-_PART_SECONDS = 2e-4
+_PRODUCT_SHARE = 0.75
+"""Share of the rate of a large square product that those with random matrices reach."""
+
+_PART_SECONDS = 3e-4
 """Of a part however small: the calls that its sketch takes."""
 
 _PRODUCT_FLOPS = 1e11
@@ -137,7 +140,7 @@ class Work:
 
     def seconds(self, num_examples: int, rates: Rates) -> float:
         """Predicted time of one chunk."""
-        products = real_seconds(rates.seconds(num_examples * self.flops, 0.0), self.num_parts)
+        products = rates.seconds(num_examples * self.flops / _PRODUCT_SHARE, 0.0)
         return products + _PART_SECONDS * self.num_parts + self.entries * self.entry_seconds
 
     @property

@@ -270,7 +270,7 @@ def _packed_rows(
     for start in range(0, num_rows, size):
         rows = slice(start, min(start + size, num_rows))
         gradient = summed_rows(parts, rows).flatten(2).flatten(0, 1)
-        own = signs.pack(signs.ternary(gradient, limit))
+        own = signs.pack(signs.signs(gradient, limit))
         begin = start * width // 4
         codes[:, begin : begin + own.shape[1]] = own
     return PackedRows(codes.view(n, c, -1), num_rows, width, accumulator(first.gradients.dtype))
@@ -286,7 +286,7 @@ def _packed_lookup(parts: Sequence[Part], limit: Float[Tensor, "nc 1"]) -> Packe
     for i, rows in enumerate(touched):
         own = [examples(part, slice(i, i + 1)) for part in parts]
         gradient = summed_rows(own, rows)[0]
-        ternary = signs.ternary(gradient.flatten(1), limit[i * c : (i + 1) * c])
+        ternary = signs.signs(gradient.flatten(1), limit[i * c : (i + 1) * c])
         ids[i, : len(rows)] = rows
         codes[i, :, : len(rows)] = signs.pack(ternary.view(gradient.shape))
     return PackedLookup(ids, codes, width, accumulator(first.gradients.dtype))

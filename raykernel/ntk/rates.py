@@ -12,7 +12,6 @@ is kept in the user's cache, so that later runs on this machine choose alike.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import platform
@@ -129,23 +128,39 @@ def _known(device: str, name: str, threads: int) -> Rates:
     words = [name, platform.node(), device.partition(":")[0], str(threads), torch.__version__]
     file_name = "-".join("".join(c if c.isalnum() else "_" for c in word) for word in words)
     path = cache_folder() / "rates" / f"{file_name}.json"
+    known = _read(path)
+    if known is not None:
+        return known
+    found = measure(torch.device(device))
+    try:
+        return _kept(path, found)
+    except OSError:  # a cache that cannot be written is no reason to stop
+        return found
+
+
+def _read(path: Path) -> Rates | None:
+    """Rates that were kept, or None where there are none or those of another version."""
     try:
         known = json.loads(path.read_text())
-        if known.keys() == asdict(Rates(0.0, 0.0)).keys():
-            return Rates(**known)
-    except (OSError, ValueError, AttributeError):  # not measured yet, or another version's file
-        pass
-    found = measure(torch.device(device))
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
-        _write(path, json.dumps(asdict(found)))
-    return found
+        return Rates(**known) if known.keys() == asdict(Rates(0.0, 0.0)).keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
-def _write(path: Path, text: str) -> None:
+def _kept(path: Path, found: Rates) -> Rates:
+    """Keep rates, or give those that another process has kept in the meantime."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and _read(path) is None:
+        path.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    temporary.write_text(json.dumps(asdict(found)))
+    try:
+        path.hardlink_to(temporary)
+        return found
+    except FileExistsError:
+        return _read(path) or found
+    finally:
+        temporary.unlink()
 
 
 def measure(device: torch.device) -> Rates:

@@ -188,7 +188,19 @@ def test_method_follows_the_predicted_time():
     assert short.flops > 0
     assert long.num_bytes > 0
     for way in (short, long):
-        assert way.seconds == way.flops / 1e11 + way.num_bytes / 2e10
+        least = way.flops / 1e11 + way.num_bytes / 2e10
+        assert least < way.seconds < 2 * least
+
+
+def test_the_predicted_time_is_that_of_the_rates():
+    sizes = {"c": 2, "t": 40.0, "u": 30.0, "d_in": 48, "d_out": 64}
+    forming, products = 2 * 2 * 48 * 64 * (5 * 40 + 4 * 30), 2 * 10 * 8 * 48 * 64
+    direct = method(5, 4, **sizes, rates=Rates(flops=1e9, bandwidth=1e30))
+    assert direct.name == "direct"
+    assert direct.flops == forming + products
+    assert direct.seconds == pytest.approx((forming / 0.6 + products / 0.85) / 1e9)
+    half = method(5, 4, **sizes, rates=Rates(flops=5e8, bandwidth=1e30))
+    assert half.seconds == pytest.approx(2 * direct.seconds)
 
 
 def test_slow_memory_favours_the_way_with_less_traffic():
@@ -208,6 +220,26 @@ def test_the_symmetric_block_costs_less():
     both = method(32, 32, **sizes, rates=device, symmetric=True)
     one = method(32, 32, **sizes, rates=device)
     assert both.flops < one.flops
+
+
+def test_the_first_process_to_measure_decides(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYKERNEL_CACHE", str(tmp_path))
+    rates._known.cache_clear()
+    measure = rates.measure
+
+    def slowly(device):
+        monkeypatch.setattr(rates, "measure", measure)
+        rates._known.cache_clear()
+        first.append(rates_of("cpu"))  # another process, meanwhile
+        return Rates(1.0, 2.0)
+
+    first = []
+    monkeypatch.setattr(rates, "measure", slowly)
+    assert rates_of("cpu") == first[0] != Rates(1.0, 2.0)
+    assert len(list((tmp_path / "rates").iterdir())) == 1
+    rates._known.cache_clear()
+    assert rates_of("cpu") == first[0]
+    rates._known.cache_clear()
 
 
 def test_rates_are_measured_once(tmp_path, monkeypatch):
