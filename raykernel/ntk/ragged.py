@@ -49,8 +49,6 @@ class ByLength:
     runs: tuple[Run, ...]
     order: Int[Tensor, " n"] | None
     """The examples as they stand in the runs; None: as they stood before."""
-    lengths: tuple[int, ...]
-    """Tokens of every example that may carry a gradient, as they stand in the runs."""
 
     def take(self, tensor: Tensor, run: Run, dim: int) -> Tensor:
         """A run's examples, which are copied only where examples are put in order.
@@ -83,7 +81,7 @@ def by_length(part: Product, *, size: int | None = None) -> ByLength:
     lengths, order = part.lengths, None
     if list(lengths) != sorted(lengths, reverse=True):
         if size is None and not _pays(part):
-            return ByLength((Run(0, n, t),), None, lengths)
+            return ByLength((Run(0, n, t),), None)
         examples = sorted(range(n), key=lambda index: -lengths[index])
         lengths = tuple(lengths[index] for index in examples)
         order = torch.tensor(examples, device=part.inputs.device)
@@ -91,7 +89,7 @@ def by_length(part: Product, *, size: int | None = None) -> ByLength:
     runs = tuple(
         Run(start, stop, min(max(lengths[start], 1), t)) for start, stop in itertools.pairwise(cuts)
     )
-    return ByLength(runs, order, lengths)
+    return ByLength(runs, order)
 
 
 def _pays(part: Product) -> bool:
