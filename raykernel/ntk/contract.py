@@ -98,7 +98,8 @@ def method(
     """
     n, m, p = num_rows, num_cols, d_in * d_out
     num_formed = n if symmetric else n + m
-    direct = _direct(
+    direct = _by_rows(
+        "direct",
         forming=2.0 * c * p * (n * t if symmetric else n * t + m * u),
         products=2.0 * n * m * c * c * p * (upper_share(n * c) if symmetric else 1),
         num_bytes=2 * 4.0 * num_formed * c * p,
@@ -110,8 +111,8 @@ def method(
     return min(direct, Method("factored", flops, num_bytes, seconds), key=lambda way: way.seconds)
 
 
-def _direct(
-    *, forming: float, products: float, num_bytes: float, rates: Rates, name: str = "direct"
+def _by_rows(
+    name: str, *, forming: float, products: float, num_bytes: float, rates: Rates
 ) -> Method:
     """Operations that form gradients, and those that multiply them."""
     least = forming / _FORMING_SHARE + products / _ROWS_SHARE
@@ -147,7 +148,7 @@ def method_of(
         return Method("lookup", 0.0, 0.0, 0.0)
     if not isinstance(part, Product):
         flops = 2.0 * len(kinds) * num_rows * num_cols * c * c * part.gradients.shape[2]
-        return _direct(forming=0.0, products=flops, num_bytes=0.0, rates=rates, name="rows")
+        return _by_rows("rows", forming=0.0, products=flops, num_bytes=0.0, rates=rates)
     t, d_in, d_out = (
         part.num_tokens / len(part.inputs),
         part.inputs.shape[2],
@@ -161,7 +162,8 @@ def method_of(
         return _of_packed(p, num_rows, num_cols, c=c, rates=rates, symmetric=symmetric)
     formed = num_rows if symmetric else num_rows + num_cols
     products = sum(_product_share(kind, num_rows * c, symmetric=symmetric) for kind in kinds)
-    return _direct(
+    return _by_rows(
+        "direct",
         forming=2.0 * c * p * formed * t,
         products=2.0 * c * p * products * num_rows * num_cols * c,
         num_bytes=_SIGN_BYTES * formed * c * p,
@@ -181,7 +183,7 @@ def _of_packed(
     """Product of packed signs of p coordinates."""
     flops = 2.0 * num_rows * num_cols * c * c * p * (upper_share(num_rows * c) if symmetric else 1)
     num_bytes = _UNPACK_BYTES * (num_rows if symmetric else num_rows + num_cols) * c * p
-    return _direct(forming=0.0, products=flops, num_bytes=num_bytes, rates=rates, name="packed")
+    return _by_rows("packed", forming=0.0, products=flops, num_bytes=num_bytes, rates=rates)
 
 
 def predicted_seconds(
@@ -229,7 +231,7 @@ def packing(capture: Capture, *, rates: Rates) -> Method:
     p = [n * c * part.num_rows * part.width for part in products]
     flops = sum(2.0 * size * q.gradients.shape[2] for size, q in zip(p, products, strict=True))
     num_bytes = (_SIGN_BYTES + _PACK_BYTES) * sum(p)
-    return _direct(forming=flops, products=0.0, num_bytes=num_bytes, rates=rates, name="packed")
+    return _by_rows("packed", forming=flops, products=0.0, num_bytes=num_bytes, rates=rates)
 
 
 def gram(

@@ -155,12 +155,14 @@ def _kept(path: Path, found: Rates) -> Rates:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(asdict(found)))
     try:
-        path.hardlink_to(temporary)
-        return found
+        path.hardlink_to(temporary)  # unlike a rename, it never replaces
     except FileExistsError:
         return _read(path) or found
+    except OSError:  # a file system without hard links: the last to measure decides
+        temporary.replace(path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
+    return found
 
 
 def measure(device: torch.device) -> Rates:

@@ -242,6 +242,20 @@ def test_the_first_process_to_measure_decides(tmp_path, monkeypatch):
     rates._known.cache_clear()
 
 
+def test_rates_are_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refused(path, target):
+        raise PermissionError
+
+    monkeypatch.setenv("RAYKERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(rates.Path, "hardlink_to", refused)
+    rates._known.cache_clear()
+    first = rates_of("cpu")
+    rates._known.cache_clear()
+    assert rates_of("cpu") == first
+    assert len(list((tmp_path / "rates").iterdir())) == 1
+    rates._known.cache_clear()
+
+
 def test_rates_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYKERNEL_CACHE", str(tmp_path))
     rates._known.cache_clear()

@@ -113,6 +113,16 @@ def test_a_derivative_is_by_the_same_library(chosen):
     assert_close(found, g.double() @ WEIGHT.double())
 
 
+def test_autocast_is_left_alone(chosen):
+    chosen(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = F.linear(TOKENS, WEIGHT)
+        with fast_products():
+            found = F.linear(TOKENS, WEIGHT)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 def test_the_setting_is_as_before_afterwards(chosen):
     chosen(True)
     before = setting()
