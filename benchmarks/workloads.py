@@ -21,6 +21,7 @@ from raykernel.console import Screen
 from raykernel.prepared import prepare
 from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
+from raykernel.problem.tail import one_token
 
 PAD, MASK, VOCABULARY = 1, 4, 5000
 WORDS = (11, 4321, 77, 903, 2500, 3999, 1234, 618)
@@ -70,8 +71,16 @@ class Workload:
 
 
 def read(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits of a batch: the readout that raykernel is given."""
-    logits: Tensor = model(**batch)
+    """Logits of a batch as raykernel reads any model: its last block ends on the read token alone.
+
+    The real model's own readout does so for every contender.
+    """
+    logits: Tensor
+    if not isinstance(model, PromptLogits):
+        logits = model(**batch)
+        return logits
+    with one_token(model.model.roberta, at_mask(batch["input_ids"])):
+        logits = model(**batch)
     return logits
 
 
@@ -94,9 +103,9 @@ class PromptLogits(nn.Module):
         hidden_from = (input_ids == PAD)[:, None, None, :].to(dtype)
         mask = hidden_from.expand(-1, 1, input_ids.shape[1], -1) * torch.finfo(dtype).min
         hidden = self.model.roberta(input_ids=input_ids, attention_mask=mask)[0]
-        at = (input_ids == MASK).float().argmax(-1)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        logits: Tensor = self.model.lm_head(hidden.gather(1, at)[:, 0])
-        return logits[:, self.words]
+        at = at_mask(input_ids)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        logits: Tensor = self.model.lm_head(hidden.gather(1, at))
+        return logits[:, 0, self.words]
 
     def thinned(self) -> PromptLogits:
         """A copy whose head multiplies the label words' rows only."""
@@ -108,6 +117,11 @@ class PromptLogits(nn.Module):
         thin.model.lm_head.decoder = rows
         thin.words = list(range(len(self.words)))
         return thin
+
+
+def at_mask(input_ids: Tensor) -> Tensor:
+    """(n, t) token ids → (n,) positions of the mask."""
+    return (input_ids == MASK).float().argmax(-1)
 
 
 def roberta(

@@ -13,7 +13,7 @@ from raykernel.compute.examples import split
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Tracer
 from raykernel.problem.probe import Head
-from raykernel.problem.readout import at_position
+from raykernel.problem.tail import at_position
 from raykernel.terms import Kind
 from tests import cases, typed
 

@@ -3,7 +3,8 @@
 The full head of a language model multiplies every position by every word of the vocabulary; the
 kernel needs one position and c words. The hidden states are cut to the readout position as they
 leave the base model, so the head's own layers (RoBERTa's dense and LayerNorm, say) run on one
-position too, and `LabelRows` then multiplies c rows of the weight.
+position too, and `LabelRows` then multiplies c rows of the weight. Within the last block they are
+cut as soon as its tokens no longer mix (`tail`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from raykernel.errors import InputError
 from raykernel.problem.batches import Batch
 from raykernel.problem.probe import Head
+from raykernel.problem.tail import at_position, one_token
 from raykernel.terms import Pooling
 
 
@@ -65,9 +67,11 @@ class Probed(nn.Module):
 
     def features(self, batch: Batch) -> Float[Tensor, "n d"]:
         """Hidden state at the readout position, or the mean over the text's tokens."""
-        hidden: Tensor = self.model(**model_inputs(batch)).last_hidden_state
         if self.pooling is Pooling.cls:
-            return at_position(hidden, batch["position"]).squeeze(1)
+            with one_token(self.model, batch["position"]):
+                read: Tensor = self.model(**model_inputs(batch)).last_hidden_state
+            return at_position(read, batch["position"]).squeeze(1)
+        hidden: Tensor = self.model(**model_inputs(batch)).last_hidden_state
         mask = batch["attention_mask"].to(hidden.dtype).unsqueeze(-1)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
@@ -126,13 +130,6 @@ def read_head(module: nn.Module, batch: Batch) -> Float[Tensor, "n c"]:
 def model_inputs(batch: Batch) -> Batch:
     """What of a batch goes into the model's forward."""
     return {name: value for name, value in batch.items() if name != "position"}
-
-
-def at_position(
-    hidden: Float[Tensor, "n t d"], position: Int[Tensor, " n"]
-) -> Float[Tensor, "n 1 d"]:
-    """The hidden states at one position per example."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), position].unsqueeze(1)
 
 
 def restrict_head(module: PreTrainedModel, rows: Sequence[int]) -> None:
@@ -196,7 +193,8 @@ def _one_position(module: nn.Module, position: Int[Tensor, " n"]) -> Iterator[No
         head.register_forward_pre_hook(cut_input, prepend=True),
     ]
     try:
-        yield
+        with one_token(base_model, position):
+            yield
     finally:
         for handle in handles:
             handle.remove()

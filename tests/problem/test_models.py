@@ -46,6 +46,12 @@ MASKED: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "roberta": lambda: transformers.RobertaForMaskedLM(
         transformers.RobertaConfig(**BERT, pad_token_id=1)
     ),
+    "xlm-roberta": lambda: transformers.XLMRobertaForMaskedLM(
+        transformers.XLMRobertaConfig(**BERT, pad_token_id=1)
+    ),
+    "camembert": lambda: transformers.CamembertForMaskedLM(
+        transformers.CamembertConfig(**BERT, pad_token_id=1)
+    ),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
     "distilbert": lambda: transformers.DistilBertForMaskedLM(
         transformers.DistilBertConfig(**DISTIL, max_position_embeddings=40)
@@ -71,6 +77,9 @@ CAUSAL: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False)
     ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, head_dim=8)),
     "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(**NEOX, bos_token_id=0, eos_token_id=0)
     ),
@@ -104,7 +113,8 @@ def batch_of(lengths: list[int], positions: list[int], *, width: int | None = No
     return {"input_ids": ids, "attention_mask": mask, "position": torch.tensor(positions)}
 
 
-BATCH = batch_of([9, 6, 11], [4, 5, 0])
+BATCH_TOKENS = 11
+BATCH = batch_of([9, 6, BATCH_TOKENS], [4, 5, 0])
 
 
 def load(
@@ -120,19 +130,26 @@ def load(
     )
 
 
-def whole_logits(model: ModelConfig, batch: Batch) -> Tensor:
-    """The definition: every logit of every position, then one position and the label columns."""
+def whole_model(model: ModelConfig) -> transformers.PreTrainedModel:
+    """As transformers loads it."""
     auto = (
         transformers.AutoModelForMaskedLM
         if model.architecture is Architecture.masked_lm
         else transformers.AutoModelForCausalLM
     )
-    whole = auto.from_pretrained(model.name, dtype=torch.float64, attn_implementation="eager")
-    with torch.no_grad():
-        logits = whole.eval()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+    loaded = auto.from_pretrained(model.name, dtype=torch.float64, attn_implementation="eager")
+    return loaded.eval()  # type: ignore[no-any-return]
+
+
+def label_logits(whole: transformers.PreTrainedModel, batch: Batch) -> Tensor:
+    """The definition: every logit of every position, then one position and the label columns."""
+    logits = whole(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits[torch.arange(len(logits)), batch["position"]][:, list(LABELS)]
+
+
+@torch.no_grad()
+def whole_logits(model: ModelConfig, batch: Batch) -> Tensor:
+    return label_logits(whole_model(model), batch)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -160,15 +177,77 @@ def test_the_head_runs_on_one_position_and_the_label_words_only(tmp_path: Path, 
         elif isinstance(module, torch.nn.Linear | torch.nn.LayerNorm) and args[0].shape[1] == 1:
             inside.append(type(module).__name__)
 
-    for module in problem.module.modules():
+    outside = set(dict(problem.module.named_children()).values()) - {problem.module.base_model}
+    layers = [m for top in outside for m in top.modules()]
+    head = next(m for m in problem.module.modules() if isinstance(m, LabelRows))
+    for module in {*layers, head}:
         module.register_forward_hook(record)
     problem.readout(problem.module, BATCH)
     (_, positions, _), (_, _, words) = shapes
     assert (positions, words) == (1, 3)
-    outside = set(dict(problem.module.named_children()).values()) - {problem.module.base_model}
-    layers = [m for top in outside for m in top.modules()]
     transforms = [m for m in layers if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)]
     assert len(inside) == len(transforms) - 1, f"{base.__name__} ran its head on more positions"
+
+
+BERT_TAIL = {"attention.output.dense", "intermediate.dense", "output.dense"}
+LLAMA_TAIL = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+TAILS = {
+    **dict.fromkeys(["roberta", "xlm-roberta", "camembert", "bert", "electra"], BERT_TAIL),
+    "mpnet": {"intermediate.dense", "output.dense"},
+    "distilbert": {"ffn.lin1", "ffn.lin2"},
+    "modernbert": {"mlp.Wi", "mlp.Wo"},
+    "gpt2": {"mlp.c_fc", "mlp.c_proj"},
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3"], LLAMA_TAIL),
+    "gpt_neox": {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+}
+"""Linear layers of the last of two blocks that run on one token."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_after_its_attention_the_last_block_runs_on_the_read_token_alone(
+    tmp_path: Path, name: str
+) -> None:
+    problem = load(save(tmp_path, name))
+    tokens: dict[str, int] = {}
+    for path, module in problem.module.base_model.named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D"):
+
+            def record(_: object, args: tuple[Tensor], __: object, path: str = path) -> None:
+                if args[0].dim() == 3:
+                    tokens[path] = args[0].shape[1]
+
+            module.register_forward_hook(record)
+    problem.readout(problem.module, BATCH)
+    single = {path for path, count in tokens.items() if count == 1}
+    assert {path.partition(".1.")[2] for path in single} == TAILS.get(name, set())
+    assert {count for path, count in tokens.items() if path not in single} == {BATCH_TOKENS}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_are_the_whole_models(tmp_path: Path, name: str) -> None:
+    model = save(tmp_path, name)
+    problem = load(model)
+    weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    named = dict(problem.module.named_parameters())
+    logits = problem.readout(problem.module, BATCH)
+    found = torch.autograd.grad((logits * weights).sum(), list(named.values()), allow_unused=True)
+    whole = whole_model(model)
+    definition = label_logits(whole, BATCH)
+    wanted = dict(zip(named, found, strict=True))
+    own = {key: p for key, p in whole.named_parameters() if key in named}
+    expected = torch.autograd.grad(
+        (definition * weights).sum(), list(own.values()), allow_unused=True
+    )
+    assert len(own) >= len(named) - 1  # the head's bias has two names
+    for key, gradient in zip(own, expected, strict=True):
+        zero = torch.zeros_like(own[key])
+        torch.testing.assert_close(
+            zero if wanted[key] is None else wanted[key],
+            zero if gradient is None else gradient,
+            rtol=1e-10,
+            atol=1e-12,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
 
 
 @pytest.mark.parametrize("name", EVERY)
