@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import Workload, read
+from benchmarks.workloads import Workload, as_loaded, read
 from raykernel.ntk import contract
 from raykernel.ntk.capture import Tracer
 from raykernel.ntk.empirical import empirical_kernel
@@ -64,7 +64,7 @@ def distribution_version(name: str) -> str | None:
 
 
 def _warm(workload: Workload) -> Run:
-    tracer = Tracer(workload.model, read)
+    tracer = Tracer(as_loaded(workload.model), read)
 
     def run() -> Kernel:
         capture = tracer.capture(workload.batch)
@@ -74,12 +74,10 @@ def _warm(workload: Workload) -> Run:
 
 
 def _cold(workload: Workload) -> Run:
-    size = workload.num_examples
+    model, size = as_loaded(workload.model), workload.num_examples
 
     def run() -> Kernel:
-        return _total(
-            empirical_kernel(workload.model, read, workload.batch, batch_size=size)["sgd"]
-        )
+        return _total(empirical_kernel(model, read, workload.batch, batch_size=size)["sgd"])
 
     return run
 
@@ -133,10 +131,10 @@ def stages() -> dict[str, Callable[[Workload], Callable[[], object]]]:
 
 
 def _capture_only(workload: Workload) -> Callable[[], object]:
-    tracer = Tracer(workload.model, read)
+    tracer = Tracer(as_loaded(workload.model), read)
     return lambda: tracer.capture(workload.batch)
 
 
 def _gram_only(workload: Workload) -> Callable[[], object]:
-    capture = Tracer(workload.model, read).capture(workload.batch)
+    capture = Tracer(as_loaded(workload.model), read).capture(workload.batch)
     return lambda: contract.gram(capture, capture)

@@ -12,14 +12,15 @@ place of N T); for a layer of p = d_in d_out weights and R = N C rows
 and divide by the float32 rate of a large matrix product. Embeddings, norms and biases are left
 out: they would raise the floor by a few per cent.
 
-There are two floors: with torch's products, which all peers use, and with those that raykernel
-uses (`raykernel.ntk.matmul`), in the passes and in the rate.
+There are two floors: one with torch's products over the whole model, which is what all peers run,
+and one with what raykernel runs: its products (`raykernel.ntk.matmul`), in the passes and in the
+rate, and passes whose last block ends on the read token alone (`raykernel.problem.tail`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Run
 from benchmarks.timing import Timing
-from benchmarks.workloads import PromptLogits, Workload
+from benchmarks.workloads import Batch, Workload, as_loaded, read
 from raykernel.ntk.matmul import fast_products
 
 PRODUCT_SIZE = 1536
@@ -56,11 +57,11 @@ def work(workload: Workload) -> Work:
     n, c = workload.num_examples, workload.num_outputs
     direct: list[float] = []
     factored: list[float] = []
-    for layer, s in _live_tokens(workload):
-        p = layer.in_features * layer.out_features
+    for d_in, d_out, s in _live_tokens(workload):
+        p = d_in * d_out
         ways = {
             "direct": 2.0 * c * s * p + (n * c) ** 2 * p,
-            "factored": s**2 * layer.in_features + (c * s) ** 2 * (layer.out_features + 2.0),
+            "factored": s**2 * d_in + (c * s) ** 2 * (d_out + 2.0),
         }
         (direct if ways["direct"] <= ways["factored"] else factored).append(min(ways.values()))
     return Work(sum(direct) + sum(factored), len(direct), len(factored))
@@ -69,25 +70,25 @@ def work(workload: Workload) -> Work:
 def passes(workload: Workload) -> Run:
     """One forward pass and one backward pass to the activations per output."""
     model = _frozen(workload)
+    return lambda: _pass(model, workload.batch, lambda model, batch: model(**batch))
+
+
+def own_passes(workload: Workload) -> Run:
+    """The same with raykernel's products, and its last block on the read token alone."""
+    model = _frozen(workload)
 
     def run() -> Tensor:
-        with _embedded_leaves(model) as leaves:
-            logits: Tensor = model(**workload.batch)
-            _backward(logits, leaves)
-        return logits.detach()
+        with fast_products():
+            return _pass(model, workload.batch, read)
 
     return run
 
 
-def own_passes(workload: Workload) -> Run:
-    """The same with raykernel's products."""
-    run = passes(workload)
-
-    def faster() -> Tensor:
-        with fast_products():
-            return run()
-
-    return faster
+def _pass(model: nn.Module, batch: Batch, readout: Callable[[nn.Module, Batch], Tensor]) -> Tensor:
+    with _embedded_leaves(model) as leaves:
+        logits = readout(model, batch)
+        _backward(logits, leaves)
+    return logits.detach()
 
 
 def product(_: Workload) -> Run:
@@ -124,9 +125,7 @@ def floor(own: Work, of_passes: Timing, of_product: Timing) -> Timing:
 
 
 def _frozen(workload: Workload) -> nn.Module:
-    module = workload.model
-    lean = module.thinned() if isinstance(module, PromptLogits) else copy.deepcopy(module)
-    return lean.requires_grad_(False)
+    return copy.deepcopy(as_loaded(workload.model)).requires_grad_(False)
 
 
 @contextmanager
@@ -155,8 +154,8 @@ def _backward(logits: Tensor, tensors: list[Tensor]) -> list[tuple[Tensor | None
     ]
 
 
-def _live_tokens(workload: Workload) -> Iterator[tuple[nn.Linear, int]]:
-    """Linear layers of the kernel, with the tokens of all texts that carry a gradient."""
+def _live_tokens(workload: Workload) -> Iterator[tuple[int, int, int]]:
+    """Inputs and outputs of the kernel's linear layers, and the tokens that carry a gradient."""
     model = _frozen(workload)
     wanted = {
         name
@@ -182,4 +181,4 @@ def _live_tokens(workload: Workload) -> Iterator[tuple[nn.Linear, int]]:
     for path, gradients in zip(outputs, zip(*by_output, strict=True), strict=True):
         known = [gradient for gradient in gradients if gradient is not None]
         alive = torch.stack([(gradient != 0).any(-1) for gradient in known]).any(0)
-        yield layers[path], int(alive.sum())
+        yield layers[path].in_features, known[0].shape[-1], int(alive.sum())

@@ -21,6 +21,7 @@ from raykernel.console import Screen
 from raykernel.prepared import prepare
 from raykernel.problem.batches import collate
 from raykernel.problem.models import Problem, load_problem
+from raykernel.problem.readout import restrict_head
 from raykernel.problem.tail import one_token
 
 PAD, MASK, VOCABULARY = 1, 4, 5000
@@ -70,10 +71,15 @@ class Workload:
         return self.on({key: value[num_examples:] for key, value in self.batch.items()})
 
 
+def as_loaded(model: nn.Module) -> nn.Module:
+    """A model as raykernel loads any: a head of the label words' rows."""
+    return model.restricted() if isinstance(model, PromptLogits) else model
+
+
 def read(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a batch as raykernel reads any model: its last block ends on the read token alone.
 
-    The real model's own readout does so for every contender.
+    The real model, W4, is read by raykernel's own readout whoever the contender is.
     """
     logits: Tensor
     if not isinstance(model, PromptLogits):
@@ -107,16 +113,12 @@ class PromptLogits(nn.Module):
         logits: Tensor = self.model.lm_head(hidden.gather(1, at))
         return logits[:, 0, self.words]
 
-    def thinned(self) -> PromptLogits:
-        """A copy whose head multiplies the label words' rows only."""
-        thin = copy.deepcopy(self)
-        head = thin.model.lm_head.decoder
-        rows = nn.Linear(head.in_features, len(self.words))
-        rows.weight.data = head.weight.data[self.words]
-        rows.bias.data = head.bias.data[self.words]
-        thin.model.lm_head.decoder = rows
-        thin.words = list(range(len(self.words)))
-        return thin
+    def restricted(self) -> PromptLogits:
+        """A copy whose head multiplies the label words' rows only; the parameters are the same."""
+        own = copy.deepcopy(self)
+        restrict_head(own.model, own.words)
+        own.words = list(range(len(own.words)))
+        return own
 
 
 def at_mask(input_ids: Tensor) -> Tensor:

@@ -30,11 +30,11 @@ from torch import Tensor
 from raykernel.errors import InputError, NonFiniteError, nearest
 from raykernel.ntk import signs
 from raykernel.ntk.capture import Capture
-from raykernel.ntk.factors import Lookup, Part, Product, accumulator, is_finite
+from raykernel.ntk.factors import Lookup, Part, Product, Rows, accumulator, is_finite
 from raykernel.ntk.lookups import shared_tokens
 from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.packed import MAX_BYTES, Packed, PackedRows, SignedCapture
-from raykernel.ntk.pairs import direct, factored, formed, upper_share
+from raykernel.ntk.pairs import direct, factored, formed, is_small, together, upper_share
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.signed import SIDES, signed
 from raykernel.terms import Kind
@@ -284,9 +284,10 @@ def grams(
         if group not in rows.groups:
             raise InputError(f"layer group {group!r} does not exist, {nearest(group, rows.groups)}")
     limits = _Limits(dead_zone, max_bytes, rates or rates_of(rows.logits.device))
+    small = _small_blocks(rows, cols, wanted) if list(kinds) == [Kind.sgd] else {}
     blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
     for group in wanted:
-        for kind, block in _group_blocks(rows, cols, group, kinds, limits).items():
+        for kind, block in _group_blocks(rows, cols, group, kinds, limits, small).items():
             if not is_finite(block):
                 row, _, col, _ = (
                     int(place[0]) for place in (~block.isfinite()).nonzero(as_tuple=True)
@@ -342,6 +343,7 @@ def _group_blocks(
     group: str,
     kinds: Sequence[Kind],
     limits: _Limits,
+    small: dict[tuple[str, str], Float[Tensor, "nc mc"]],
 ) -> dict[Kind, Block]:
     n, c = rows.logits.shape
     m = len(cols.logits)
@@ -372,11 +374,29 @@ def _group_blocks(
         mirror = rows is cols and sides[0] != sides[1]
         for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
             for name, parts in rows.parts[of_rows].items():
+                if (group, name) in small:
+                    total[Kind.sgd] += small[group, name]
+                    continue
                 for part in () if name in complete else parts:
                     for other in cols.parts[of_cols].get(name, ()):
                         block = _contract(part, other, limits)
                         total[Kind.sgd] += block + block.mT if mirror else block
     return {kind: block.view(n, c, m, c) for kind, block in total.items()}
+
+
+def _small_blocks(
+    rows: Capture | SignedCapture, cols: Capture | SignedCapture, groups: Iterable[str]
+) -> dict[tuple[str, str], Float[Tensor, "nc mc"]]:
+    """Blocks of biases and norms, by group and parameter: a model has dozens, of few shapes."""
+    pairs: dict[tuple[str, str], tuple[Rows, Rows]] = {}
+    if isinstance(rows, Capture) and isinstance(cols, Capture):
+        for group in groups:
+            of_cols = cols.parts.get(group, {})
+            for name, parts in rows.parts.get(group, {}).items():
+                match (*parts, *of_cols.get(name, ())):
+                    case (Rows() as left, Rows() as right) if is_small(left, right):
+                        pairs[group, name] = left, right
+    return dict(zip(pairs, together(list(pairs.values())), strict=True))
 
 
 def _signed_parameters(

@@ -3,6 +3,7 @@
     direct     G by tiles of the parameter, then one matrix product per tile
     formed     the same where both parts are products of one matrix: G = Σ_t b_t ⊗ a_t
     factored   Σ_tu (A A'ᵀ)[t, u] · (B B'ᵀ)[t, u], which never forms G
+    together   many pairs that are formed and small, in one batched product
 
 Letters: n, m examples, c outputs, t, u tokens, i inputs and o outputs of a layer, p coordinates of
 a tile. A block of a part with itself is symmetric; only its upper triangle is computed.
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of, tile_bytes
+from raykernel.ntk.factors import Part, Product, Rows, accumulator, num_rows_of, tile_bytes
 from raykernel.ntk.ragged import ByLength, Run, by_length, in_order
 
 _CPU_TABLE_BYTES = 1 << 20
@@ -113,6 +114,40 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
     return in_order(block, orders[0], orders[-1], num_outputs=left.gradients.shape[1])
 
 
+def is_small(left: Rows, right: Rows) -> bool:
+    """Whether a pair's product is over before the next one's call has begun."""
+    num_rows, num_cols = (part.gradients.shape[:2].numel() for part in (left, right))
+    return num_rows * num_cols * left.gradients.shape[2] < _SMALL
+
+
+def together(pairs: Sequence[tuple[Rows, Rows]]) -> list[Float[Tensor, "nc mc"]]:
+    """Blocks of many small pairs, those of one length in one batched product.
+
+    Args:
+        pairs: rows and columns of the blocks, all of the same examples; twice the same part for
+            symmetric blocks.
+
+    Returns:
+        A block per pair, examples and outputs flattened.
+    """
+    blocks: dict[int, Tensor] = {}
+    equals: dict[int, list[int]] = {}
+    for index, (left, _) in enumerate(pairs):
+        equals.setdefault(left.gradients.shape[2], []).append(index)
+    for same in equals.values():
+        symmetric = all(left is right for left, right in (pairs[index] for index in same))
+        own = _stacked([pairs[index][0] for index in same])
+        other = own if symmetric else _stacked([pairs[index][1] for index in same])
+        found = own.bmm(other.mT)
+        blocks.update(zip(same, mirrored(found) if symmetric else found, strict=True))
+    return [blocks[index] for index in range(len(pairs))]
+
+
+def _stacked(parts: Sequence[Rows]) -> Float[Tensor, "k nc p"]:
+    stacked = torch.stack([part.gradients.flatten(0, 1) for part in parts])
+    return stacked.to(accumulator(stacked.dtype))
+
+
 def _tiling(
     left: Part, right: Part, width: int, max_bytes: int
 ) -> tuple[list[int], torch.dtype, int]:
@@ -124,12 +159,11 @@ def _tiling(
 
 
 def _in_runs(part: Product, order: ByLength, dtype: torch.dtype) -> list[_Factors]:
-    """Factors of every run's examples."""
-    by_token = part.gradients.transpose(1, 2)
+    """Factors of every run's examples, as they are read tile after tile."""
+    tensors = part.inputs, part.gradients.transpose(1, 2)
     return [
         _Factors(
-            order.take(part.inputs, run, 0)[:, : run.num_tokens].to(dtype),
-            order.take(by_token, run, 0)[:, : run.num_tokens].to(dtype),
+            *(order.take(x[:, : run.num_tokens], run, 0).to(dtype).contiguous() for x in tensors)
         )
         for run in order.runs
     ]
@@ -141,7 +175,7 @@ def _form(
     """Gradient of a tile: per example one product for all outputs."""
     start = 0
     for run in runs:
-        a = (run.inputs[..., tile] if of_inputs else run.inputs).contiguous()
+        a = run.inputs[..., tile].contiguous() if of_inputs else run.inputs
         b = run.gradients if of_inputs else run.gradients[..., tile]
         (n, t, c, o), i = b.shape, a.shape[2]
         out = buffer[start : start + n * c * o * i].view(n, c * o, i)
@@ -247,7 +281,7 @@ def _strip_rows(num_rows: int) -> int:
     return max(_STRIP_ROWS, min(-(-num_rows // 4), _WIDE_STRIP_ROWS))
 
 
-def mirrored(total: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+def mirrored(total: Float[Tensor, "*k r r"]) -> Float[Tensor, "*k r r"]:
     """The symmetric matrix whose upper triangle this is."""
     return total.triu() + total.triu(1).mT
 

@@ -18,7 +18,7 @@ from raykernel.ntk.factors import Product
 _RUN_EXAMPLES = 8
 """Examples from which a run of its own pays for the calls that it takes."""
 
-_COPY_PRODUCTS = 48.0
+_COPY_PRODUCTS = 128.0
 """Multiplications that an element must save for it to pay to copy it to another place."""
 
 
@@ -72,16 +72,16 @@ def by_length(part: Product, *, size: int | None = None) -> ByLength:
     Args:
         part: of any tokens.
         size: examples of a run; None: as few runs as waste little, and all in one as they stand
-            where to form their gradients takes less time than to put them in order.
+            where to form their gradients takes less time than to copy them into runs.
 
     Returns:
         Its runs.
     """
     n, t = part.inputs.shape[:2]
     lengths, order = part.lengths, None
+    if size is None and not _pays(part):
+        return ByLength((Run(0, n, t),), None)
     if list(lengths) != sorted(lengths, reverse=True):
-        if size is None and not _pays(part):
-            return ByLength((Run(0, n, t),), None)
         examples = sorted(range(n), key=lambda index: -lengths[index])
         lengths = tuple(lengths[index] for index in examples)
         order = torch.tensor(examples, device=part.inputs.device)

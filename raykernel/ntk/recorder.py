@@ -129,8 +129,8 @@ class Recorder(TorchFunctionMode):
         """Whether any saved tensor was changed in place since it was saved."""
         return any(tensor._version != version for tensor, version in self._versions)
 
-    def _used(self, args: object, options: dict[str, Any]) -> list[tuple[int, Source]]:
-        values = _flatten((args, options.values()))
+    def _used(self, args: tuple[Any, ...], options: dict[str, Any]) -> list[tuple[int, Source]]:
+        values = _flatten((*args, *options.values()) if options else args)
         return [(place, s) for place, v in enumerate(values) if (s := self._find(v)) is not None]
 
     def _find(self, value: object) -> Source | None:
@@ -330,12 +330,14 @@ def _no_gradient(
     return not any(isinstance(v, Tensor) and v.requires_grad for v in _flatten((out,)))
 
 
-def _flatten(values: Iterable[Any]) -> Iterator[Any]:
+def _flatten(values: Iterable[Any]) -> list[Any]:
+    flat: list[Any] = []
     for value in values:
-        if isinstance(value, list | tuple) or type(value).__name__ == "dict_values":
-            yield from _flatten(value)
+        if isinstance(value, list | tuple):
+            flat.extend(_flatten(value))
         else:
-            yield value
+            flat.append(value)
+    return flat
 
 
 def _holds_tensor(out: Any) -> bool:

@@ -87,7 +87,7 @@ def one_token(base_model: nn.Module, position: Int[Tensor, " n"]) -> Iterator[No
 def _tail(base_model: nn.Module) -> list[nn.Module]:
     config: Any = base_model.config
     # A feed-forward layer in chunks of tokens refuses a single one.
-    if config.model_type not in _TAILS or getattr(config, "chunk_size_feed_forward", 0):
+    if config.model_type not in _TAILS or getattr(config, "chunk_size_feed_forward", None):
         return []
     blocks, names = _TAILS[config.model_type]
     last = list(base_model.get_submodule(blocks).children())[-1]

@@ -11,7 +11,7 @@ from tests.parts import normal
 LENGTHS = (3, 7, 1, 5, 7, 2, 7, 4, 1, 6, 6, 3)
 
 
-def ragged(lengths=LENGTHS, *, t=7, width=128, seed=0, left=False):
+def ragged(lengths=LENGTHS, *, t=7, width=384, seed=0, left=False):
     """A product whose tokens from `lengths` on (or before, padded on the left) are padding."""
     inputs = normal(len(lengths), t, width, seed=seed)
     gradients = normal(len(lengths), 2, t, width + 1, seed=seed + 1)
