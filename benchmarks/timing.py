@@ -22,7 +22,8 @@ from raykernel.config import ComputeConfig
 PATIENCE_SECONDS = 30.0
 """A first call that took longer stays the only one, and counts."""
 QUICK_SECONDS, MOST_CALLS = 4.0, 9
-"""In its turn a contender is called as often as fits in these seconds, at most so many times."""
+"""In its turn a contender is called as often as fits in these seconds, once at least and at most
+so many times."""
 
 
 Say = Callable[[str], None]
@@ -127,14 +128,15 @@ def measure(
 
 
 def _turn(run: Callable[[], Any]) -> float:
-    """Median of a contender's calls; where there are several, without the one after another's.
+    """Median of a contender's calls without the one after another's.
 
     That one finds the caches and the heap as the other has left them, which for the same
-    neighbours in every round would be a bias of some per cent.
+    neighbours in every round would be a bias: of some per cent where a call takes a tenth of a
+    second, of a quarter where it takes ten and fills gigabytes of fresh pages.
     """
     first = _timed(run)[0]
-    calls = min(int(QUICK_SECONDS / first), MOST_CALLS)
-    return statistics.median(_timed(run)[0] for _ in range(calls)) if calls > 1 else first
+    calls = max(1, min(int(QUICK_SECONDS / first), MOST_CALLS))
+    return statistics.median(_timed(run)[0] for _ in range(calls))
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -4,7 +4,7 @@ The full head of a language model multiplies every position by every word of the
 kernel needs one position and c words. The hidden states are cut to the readout position as they
 leave the base model, so the head's own layers (RoBERTa's dense and LayerNorm, say) run on one
 position too, and `LabelRows` then multiplies c rows of the weight. Within the last block they are
-cut as soon as its tokens no longer mix (`tail`).
+cut as soon as its tokens no longer mix (`tail.one_token`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raykernel.errors import InputError, NonFiniteError
-from raykernel.ntk import rates
+from raykernel.ntk import contract, rates
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram, method
 from raykernel.ntk.factors import (
@@ -22,7 +22,7 @@ from raykernel.ntk.factors import (
     lookup_by_product,
 )
 from raykernel.ntk.lookups import shared_tokens
-from raykernel.ntk.pairs import direct, factored, formed
+from raykernel.ntk.pairs import direct, factored, formed, together
 from raykernel.ntk.rates import Rates, rates_of
 from tests import cases, oracles
 from tests.cases import normal
@@ -48,8 +48,8 @@ def test_any_two_parts_contract_to_the_inner_product(left, right, n, m, t, u, ma
 def test_factored_and_formed_equal_direct(kind, n, m, t, u, max_bytes):
     own, other = make_part(kind, n, t, 0), make_part(kind, m, u, 0)
     expected = direct(own, other, max_bytes=max_bytes)
-    for contract in (factored, formed):
-        one = contract(own, other, max_bytes=max_bytes)
+    for way in (factored, formed):
+        one = way(own, other, max_bytes=max_bytes)
         assert torch.allclose(one, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -59,8 +59,8 @@ def test_factored_and_formed_equal_direct(kind, n, m, t, u, max_bytes):
 def test_the_symmetric_block_equals_the_one_with_a_copy(kind, n, t, max_bytes):
     own, copy = make_part(kind, n, t, 0), make_part(kind, n, t, 0)
     expected = oracles.inner(gradient(own), gradient(copy)).view(n * C, n * C)
-    for contract in (direct, factored, formed):
-        one = contract(own, own, max_bytes=max_bytes)
+    for way in (direct, factored, formed):
+        one = way(own, own, max_bytes=max_bytes)
         assert torch.equal(one, one.mT)
         assert torch.allclose(one, expected, rtol=1e-10, atol=1e-10)
 
@@ -150,8 +150,8 @@ def test_a_block_is_a_piece_of_the_whole():
 def test_half_precision_factors_are_summed_in_float32():
     part = Product(torch.ones(1, 4096, 1), torch.ones(1, 1, 4096, 1), None, False)
     half = Product(part.inputs.bfloat16(), part.gradients.bfloat16(), None, False)
-    for contract in (direct, factored):
-        block = contract(half, half, max_bytes=1 << 20)
+    for way in (direct, factored):
+        block = way(half, half, max_bytes=1 << 20)
         assert block.dtype == torch.float32
         assert block.item() == 4096.0**2
 
@@ -201,6 +201,38 @@ def test_the_predicted_time_is_that_of_the_rates():
     assert direct.seconds == pytest.approx((forming / 0.6 + products / 0.85) / 1e9)
     half = method(5, 4, **sizes, rates=Rates(flops=5e8, bandwidth=1e30))
     assert half.seconds == pytest.approx(2 * direct.seconds)
+
+
+def test_small_pairs_together_are_the_pairs_apart():
+    """Of two lengths, in any order; of one side twice, and of two sides."""
+    own = [Rows(normal(4, 2, p, seed=k), p) for k, p in enumerate((5, 3, 5, 5, 3))]
+    other = [Rows(normal(3, 2, p, seed=9 + k), p) for k, p in enumerate((5, 3, 5, 5, 3))]
+    for pairs in (list(zip(own, own, strict=True)), list(zip(own, other, strict=True))):
+        blocks = together(pairs)
+        for block, (left, right) in zip(blocks, pairs, strict=True):
+            g, h = (part.gradients.flatten(0, 1) for part in (left, right))
+            torch.testing.assert_close(block, g @ h.mT, rtol=1e-12, atol=1e-12)
+            assert left is not right or torch.equal(block, block.mT)
+    assert together([]) == []
+
+
+def test_biases_and_norms_take_one_product_per_shape(monkeypatch):
+    case = cases.transformer_case("roberta")
+    capture = Tracer(case.model, case.readout).capture(case.batch)
+    vectors = [p for own in capture.parts.values() for uses in own.values() for p in uses]
+    vectors = [p for p in vectors if isinstance(p, Rows)]
+    calls = []
+    monkeypatch.setattr(
+        contract, "direct", lambda *args, **more: calls.append(args) or direct(*args, **more)
+    )
+    found = gram(capture, capture)
+    assert len(vectors) > 10
+    assert not [args for args in calls if isinstance(args[0], Rows)]
+    monkeypatch.setattr(contract, "is_small", lambda left, right: False)
+    apart = gram(capture, capture)
+    assert len([args for args in calls if isinstance(args[0], Rows)]) == len(vectors)
+    for group, block in apart.items():
+        torch.testing.assert_close(found[group], block, rtol=1e-5, atol=1e-8)
 
 
 def test_slow_memory_favours_the_way_with_less_traffic():

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from raykernel.ntk import matmul, onednn, rates
+from raykernel.ntk import adapters, matmul, onednn, packed, project, rates
 from raykernel.ntk.capture import Tracer
 from raykernel.ntk.contract import grams
 from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.passes import prepared
 from raykernel.ntk.product import tangent
+from raykernel.ntk.random_matrix import Entries, RandomMatrices
 from raykernel.ntk.rates import Rates
 from raykernel.terms import Kind
 from tests import oracles
@@ -277,6 +278,37 @@ def test_a_product_with_the_kernel_by_onednn_is_that_of_the_definition(chosen, b
     exact = {name: value.double() for name, value in direction.items()}
     assert_close(change, oracles.along(jacobian, exact))
     assert_close(logits, readout(model, batch).detach().double())
+
+
+FOLLOWING = {
+    "sketch": lambda capture, model: project.project(capture, project_matrices()),
+    "two-sided sketch": lambda capture, model: project.project_two_sided(
+        capture, project_matrices(), project_matrices()
+    ),
+    "intrinsic dimension": lambda capture, model: project.intrinsic_dimension(
+        capture, project_matrices()
+    ),
+    "lora": lambda capture, model: adapters.lora(capture, {"first": normal(8, 64)}, scale=1.0),
+    "dora": lambda capture, model: adapters.dora(
+        capture, model, {"first": normal(8, 64)}, scale=1.0
+    ),
+    "ia3": lambda capture, model: adapters.ia3(capture, model, ["first"]),
+    "packed signs": lambda capture, model: packed.signed_capture(capture),
+}
+
+
+def project_matrices():
+    return RandomMatrices(48, seed=3, entries=Entries.gaussian)
+
+
+@pytest.mark.parametrize("follow", FOLLOWING.values(), ids=list(FOLLOWING))
+def test_what_follows_a_capture_multiplies_by_the_faster_library(follow, chosen, by_onednn):
+    model = Tokens()
+    batch = {"tokens": normal(8, 48, 64), "alive": torch.ones(8, 48)}
+    capture = Tracer(model, readout, signs=True).capture(batch)
+    for faster in (True, False):
+        chosen(faster)
+        assert by_onednn(lambda: follow(capture, model)) is faster
 
 
 def test_a_pass_multiplies_by_the_faster_library(chosen):

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from raykernel.config import ModelConfig, ParametersConfig
 from raykernel.errors import InputError
+from raykernel.ntk.capture import Tracer
+from raykernel.ntk.contract import gram
+from raykernel.ntk.stream import Streamer
 from raykernel.problem.architectures import check_model
 from raykernel.problem.batches import Batch
 from raykernel.problem.checkpoints import (
@@ -248,6 +251,24 @@ def test_gradients_are_the_whole_models(tmp_path: Path, name: str) -> None:
             atol=1e-12,
             msg=lambda text, key=key: f"{key}: {text}",
         )
+
+
+# MPNet's blocks share relative positions, so that they are no chain.
+@pytest.mark.parametrize("name", [name for name in TAILS if name != "mpnet"])
+def test_the_blocks_of_a_loaded_model_stream_to_the_same_kernel(tmp_path: Path, name: str) -> None:
+    """The last block runs again without the readout, thus on all tokens."""
+    problem = load(save(tmp_path, name))
+    tracer = Tracer(problem.module, problem.readout)
+    whole = tracer.capture(BATCH)
+    expected = gram(whole, whole)
+    streamer = Streamer(tracer)
+    for _ in range(2):  # learnt, then known
+        found = [gram(capture, capture) for capture in streamer.stream(BATCH)]
+        assert len(found) == 3, "two blocks, and what is outside of them"
+        blocks = {group: block for own in found for group, block in own.items()}
+        assert blocks.keys() == expected.keys()
+        for group, block in expected.items():
+            torch.testing.assert_close(blocks[group], block, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -541,6 +562,9 @@ def test_without_a_network_the_hub_cache_serves_and_a_missing_name_gets_alternat
     script = """
 from raykernel.config import ModelConfig
 from raykernel.errors import InputError
+from raykernel.ntk.capture import Tracer
+from raykernel.ntk.contract import gram
+from raykernel.ntk.stream import Streamer
 from raykernel.problem.architectures import check_model
 from raykernel.problem.checkpoints import model_identity, prepare_model
 pinned = prepare_model(ModelConfig(name="org/tiny"))

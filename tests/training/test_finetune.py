@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raykernel.config import TrainingConfig
 from raykernel.errors import InputError, OutOfMemoryError, RunError
+from raykernel.ntk import matmul, onednn
 from raykernel.terms import Loss, Metric, Optimizer, Precision, Schedule, Split
 from raykernel.training.finetune import Examples, FineTuned, Trainer, finetune, objective
 from tests import cases
@@ -123,6 +124,24 @@ def test_where_memory_runs_out_passes_are_halved_and_the_steps_stay(error):
         found.parameters["weight"], expected.parameters["weight"], rtol=1e-12, atol=1e-14
     )
     assert found.curve[-1].dev_loss == pytest.approx(expected.curve[-1].dev_loss, rel=1e-12)
+
+
+@pytest.mark.skipif(not onednn.available(), reason="torch cannot be told to use oneDNN here")
+def test_every_pass_multiplies_by_the_faster_library(monkeypatch):
+    monkeypatch.setattr(matmul, "_measured", lambda threads: True)
+    model, settings = linear(), []
+    setting = torch.backends.mkldnn.matmul
+    model.register_forward_pre_hook(lambda *_: settings.append(setting.fp32_precision))
+    before = setting.fp32_precision
+    trainer = Trainer(
+        model, cases.readout, examples(inputs()), PLAIN, metric=Metric.accuracy, batch_size=7
+    )
+    trainer.advance(2)
+    trained = len(settings)
+    trainer.finish()
+    assert 0 < trained < len(settings)
+    assert set(settings) == {"bf16"}
+    assert setting.fp32_precision == before
 
 
 def test_where_one_example_has_no_room_the_run_ends_with_the_settings_to_change():
