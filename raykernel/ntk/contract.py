@@ -284,7 +284,7 @@ def grams(
         if group not in rows.groups:
             raise InputError(f"layer group {group!r} does not exist, {nearest(group, rows.groups)}")
     limits = _Limits(dead_zone, max_bytes, rates or rates_of(rows.logits.device))
-    small = _small_blocks(rows, cols, wanted) if list(kinds) == [Kind.sgd] else {}
+    small = _small_blocks(rows, cols, wanted, max_bytes) if list(kinds) == [Kind.sgd] else {}
     blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
     for group in wanted:
         for kind, block in _group_blocks(rows, cols, group, kinds, limits, small).items():
@@ -385,7 +385,10 @@ def _group_blocks(
 
 
 def _small_blocks(
-    rows: Capture | SignedCapture, cols: Capture | SignedCapture, groups: Iterable[str]
+    rows: Capture | SignedCapture,
+    cols: Capture | SignedCapture,
+    groups: Iterable[str],
+    max_bytes: int,
 ) -> dict[tuple[str, str], Float[Tensor, "nc mc"]]:
     """Blocks of biases and norms, by group and parameter: a model has dozens, of few shapes."""
     pairs: dict[tuple[str, str], tuple[Rows, Rows]] = {}
@@ -396,7 +399,8 @@ def _small_blocks(
                 match (*parts, *of_cols.get(name, ())):
                     case (Rows() as left, Rows() as right) if is_small(left, right):
                         pairs[group, name] = left, right
-    return dict(zip(pairs, together(list(pairs.values())), strict=True))
+    blocks = together(list(pairs.values()), max_bytes=max_bytes)
+    return dict(zip(pairs, blocks, strict=True))
 
 
 def _signed_parameters(

@@ -120,12 +120,13 @@ def is_small(left: Rows, right: Rows) -> bool:
     return num_rows * num_cols * left.gradients.shape[2] < _SMALL
 
 
-def together(pairs: Sequence[tuple[Rows, Rows]]) -> list[Float[Tensor, "nc mc"]]:
-    """Blocks of many small pairs, those of one length in one batched product.
+def together(pairs: Sequence[tuple[Rows, Rows]], *, max_bytes: int) -> list[Float[Tensor, "nc mc"]]:
+    """Blocks of many small pairs, those of one length in batched products.
 
     Args:
         pairs: rows and columns of the blocks, all of the same examples; twice the same part for
             symmetric blocks.
+        max_bytes: bound on the gradients of a batched product.
 
     Returns:
         A block per pair, examples and outputs flattened.
@@ -135,11 +136,16 @@ def together(pairs: Sequence[tuple[Rows, Rows]]) -> list[Float[Tensor, "nc mc"]]
     for index, (left, _) in enumerate(pairs):
         equals.setdefault(left.gradients.shape[2], []).append(index)
     for same in equals.values():
-        symmetric = all(left is right for left, right in (pairs[index] for index in same))
-        own = _stacked([pairs[index][0] for index in same])
-        other = own if symmetric else _stacked([pairs[index][1] for index in same])
-        found = own.bmm(other.mT)
-        blocks.update(zip(same, mirrored(found) if symmetric else found, strict=True))
+        gradients = [part.gradients for part in pairs[same[0]]]
+        pair_bytes = sum(g.numel() * accumulator(g.dtype).itemsize for g in gradients)
+        size = max(1, max_bytes // max(pair_bytes, 1))
+        for start in range(0, len(same), size):
+            batch = same[start : start + size]
+            symmetric = all(pairs[index][0] is pairs[index][1] for index in batch)
+            own = _stacked([pairs[index][0] for index in batch])
+            other = own if symmetric else _stacked([pairs[index][1] for index in batch])
+            found = own.bmm(other.mT)
+            blocks.update(zip(batch, mirrored(found) if symmetric else found, strict=True))
     return [blocks[index] for index in range(len(pairs))]
 
 

@@ -86,8 +86,11 @@ def one_token(base_model: nn.Module, position: Int[Tensor, " n"]) -> Iterator[No
 
 def _tail(base_model: nn.Module) -> list[nn.Module]:
     config: Any = base_model.config
+    # Code that comes with a checkpoint may have a known name and other blocks.
+    is_known = type(base_model).__module__.startswith("transformers.")
     # A feed-forward layer in chunks of tokens refuses a single one.
-    if config.model_type not in _TAILS or getattr(config, "chunk_size_feed_forward", None):
+    in_chunks = getattr(config, "chunk_size_feed_forward", None)
+    if config.model_type not in _TAILS or not is_known or in_chunks:
         return []
     blocks, names = _TAILS[config.model_type]
     last = list(base_model.get_submodule(blocks).children())[-1]

@@ -203,17 +203,18 @@ def test_the_predicted_time_is_that_of_the_rates():
     assert half.seconds == pytest.approx(2 * direct.seconds)
 
 
-def test_small_pairs_together_are_the_pairs_apart():
+@pytest.mark.parametrize("max_bytes", [1, 700, 1 << 20])
+def test_small_pairs_together_are_the_pairs_apart(max_bytes):
     """Of two lengths, in any order; of one side twice, and of two sides."""
     own = [Rows(normal(4, 2, p, seed=k), p) for k, p in enumerate((5, 3, 5, 5, 3))]
     other = [Rows(normal(3, 2, p, seed=9 + k), p) for k, p in enumerate((5, 3, 5, 5, 3))]
     for pairs in (list(zip(own, own, strict=True)), list(zip(own, other, strict=True))):
-        blocks = together(pairs)
+        blocks = together(pairs, max_bytes=max_bytes)
         for block, (left, right) in zip(blocks, pairs, strict=True):
             g, h = (part.gradients.flatten(0, 1) for part in (left, right))
             torch.testing.assert_close(block, g @ h.mT, rtol=1e-12, atol=1e-12)
             assert left is not right or torch.equal(block, block.mT)
-    assert together([]) == []
+    assert together([], max_bytes=max_bytes) == []
 
 
 def test_biases_and_norms_take_one_product_per_shape(monkeypatch):

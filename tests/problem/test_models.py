@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,23 @@ def test_after_its_attention_the_last_block_runs_on_the_read_token_alone(
     single = {path for path, count in tokens.items() if count == 1}
     assert {path.partition(".1.")[2] for path in single} == TAILS.get(name, set())
     assert {count for path, count in tokens.items() if path not in single} == {BATCH_TOKENS}
+
+
+@pytest.mark.parametrize("why", ["its own code", "in chunks"])
+def test_a_block_that_is_not_known_runs_on_all_tokens(tmp_path: Path, why: str) -> None:
+    problem = load(save(tmp_path, "bert"))
+    base: Any = problem.module.base_model
+    if why == "its own code":
+        base.__class__ = type("BertModel", (type(base),), {"__module__": "modeling_own"})
+    else:
+        base.config.chunk_size_feed_forward = 11
+        base.encoder.layer[-1].chunk_size_feed_forward = 11
+    shapes: list[torch.Size] = []
+    base.encoder.layer[-1].intermediate.register_forward_hook(
+        lambda module, args, out: shapes.append(args[0].shape)
+    )
+    problem.readout(problem.module, BATCH)
+    assert [shape[1] for shape in shapes] == [BATCH_TOKENS]
 
 
 @pytest.mark.parametrize("name", EVERY)
