@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from raykernel.errors import InputError
 from raykernel.problem.batches import Batch
 from raykernel.problem.probe import Head
-from raykernel.problem.tail import at_position, one_token
+from raykernel.problem.tail import at_position, cut, one_token
 from raykernel.terms import Pooling
 
 
@@ -180,10 +180,10 @@ def _one_position(module: nn.Module, position: Int[Tensor, " n"]) -> Iterator[No
         output["last_hidden_state"] = at_position(output.last_hidden_state, position)
         return output
 
-    def cut_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def cut_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # For models whose head passes the base model by (OPT calls the decoder inside it): there
         # every position is still present.
-        return (at_position(args[0], position),) if args[0].shape[1] > 1 else None
+        return (cut(args[0], position),)
 
     head = next(layer for layer in module.modules() if isinstance(layer, LabelRows))
     base_model: Any = module.base_model

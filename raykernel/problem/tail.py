@@ -50,6 +50,11 @@ def at_position(
     return hidden[torch.arange(len(hidden), device=hidden.device), position].unsqueeze(1)
 
 
+def cut(hidden: Float[Tensor, "n t d"], position: Int[Tensor, " n"]) -> Float[Tensor, "n 1 d"]:
+    """The same of hidden states some of which are at one position already."""
+    return hidden if hidden.shape[1] == 1 else at_position(hidden, position)
+
+
 @contextmanager
 def one_token(base_model: nn.Module, position: Int[Tensor, " n"]) -> Iterator[None]:
     """Context in which the end of a base model's last block runs on one token per example.
@@ -66,16 +71,16 @@ def one_token(base_model: nn.Module, position: Int[Tensor, " n"]) -> Iterator[No
     """
     num_tokens = 0
 
-    def cut(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def cut_inputs(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal num_tokens
         num_tokens = max(num_tokens, args[0].shape[1])
-        return tuple(arg if arg.shape[1] == 1 else at_position(arg, position) for arg in args)
+        return tuple(cut(arg, position) for arg in args)
 
     def expand(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
         return output.expand(-1, num_tokens, -1)
 
     modules = _tail(base_model)
-    handles = [module.register_forward_pre_hook(cut) for module in modules]
+    handles = [module.register_forward_pre_hook(cut_inputs) for module in modules]
     handles += [module.register_forward_hook(expand) for module in modules[-1:]]
     try:
         yield

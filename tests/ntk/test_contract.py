@@ -217,7 +217,7 @@ def test_small_pairs_together_are_the_pairs_apart(max_bytes):
     assert together([], max_bytes=max_bytes) == []
 
 
-def test_biases_and_norms_take_one_product_per_shape(monkeypatch):
+def test_biases_and_norms_are_not_contracted_one_by_one(monkeypatch):
     case = cases.transformer_case("roberta")
     capture = Tracer(case.model, case.readout).capture(case.batch)
     vectors = [p for own in capture.parts.values() for uses in own.values() for p in uses]
