@@ -439,8 +439,7 @@ def _contract(left: Part, right: Part, limits: _Limits) -> Float[Tensor, "nc mc"
         return contract(left, right, max_bytes=max_bytes)
     # On a GPU the sums by token would be atomic, in any order.
     if isinstance(left, Lookup) and isinstance(right, Lookup) and not left.ids.is_cuda:
-        sparse, dense = shared_tokens(left, right)
-        return sparse + direct(left, right, max_bytes=max_bytes, only=dense)
+        return shared_tokens(left, right, max_bytes=max_bytes)
     return direct(left, right, max_bytes=max_bytes)
 
 

@@ -47,24 +47,20 @@ class _Factors:
     gradients: Float[Tensor, "n t c o"]
 
 
-def direct(
-    left: Part, right: Part, *, max_bytes: int, only: Int[Tensor, " s"] | None = None
-) -> Float[Tensor, "nc mc"]:
+def direct(left: Part, right: Part, *, max_bytes: int) -> Float[Tensor, "nc mc"]:
     """Block of two parts of any kind, the gradient formed tile by tile.
 
     Args:
         left: rows of the block.
         right: columns of the block; `left` itself for the symmetric block.
         max_bytes: bound on a tile of both.
-        only: ascending rows of the parameter that count; None: all.
 
     Returns:
         The block, examples and outputs flattened.
     """
     shape, dtype, size = _tiling(left, right, max(left.width, 1), max_bytes)
     total = left.gradients.new_zeros(shape, dtype=dtype)
-    whole = tiles([left.support(), right.support()], num_rows_of([left]), size)
-    for tile in whole if only is None else pieces(only, size):
+    for tile in tiles([left.support(), right.support()], num_rows_of([left]), size):
         own = left.row_block(tile).flatten(2).flatten(0, 1).to(dtype)
         if left is right:
             add_upper(total, own)
@@ -289,7 +285,7 @@ def _strip_rows(num_rows: int) -> int:
 
 def mirrored(total: Float[Tensor, "*k r r"]) -> Float[Tensor, "*k r r"]:
     """The symmetric matrix whose upper triangle this is."""
-    return total.triu() + total.triu(1).mT
+    return total.triu().add_(total.mT.tril(-1))
 
 
 def tiles(
