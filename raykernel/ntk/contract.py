@@ -20,7 +20,7 @@ the first cross group of the modules that share it, and the sum over groups is s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -348,7 +348,11 @@ def _group_blocks(
     n, c = rows.logits.shape
     m = len(cols.logits)
     dtype = accumulator(rows.logits.dtype)
-    total = {kind: rows.logits.new_zeros((n * c, m * c), dtype=dtype) for kind in kinds}
+    total: dict[Kind, Tensor] = {}
+
+    def add(kind: Kind, block: Float[Tensor, "nc mc"]) -> None:
+        total[kind] = total[kind] + block if kind in total else block
+
     of_signs = [kind for kind in kinds if kind.has_signs]
     complete: set[str] = set()
     for name, owners in _signed_parameters(rows, cols, group).items() if of_signs else ():
@@ -358,7 +362,7 @@ def _group_blocks(
         left, right = (_uses(side, name, owners) for side in (rows, cols))
         if left and right:
             right = left if rows is cols else right
-            found = signed(
+            by_kind = signed(
                 left,
                 right,
                 own,
@@ -366,22 +370,38 @@ def _group_blocks(
                 max_bytes=limits.max_bytes,
                 name=name,
             )
-            for kind, block in found.items():
-                total[kind] += block
+            for kind, block in by_kind.items():
+                add(kind, block)
         complete.update({name} if Kind.sgd in own else ())
     if isinstance(rows, Capture) and isinstance(cols, Capture) and Kind.sgd in kinds:
-        sides = rows.crosses.get(group, (group, group))
-        mirror = rows is cols and sides[0] != sides[1]
-        for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
-            for name, parts in rows.parts[of_rows].items():
-                if (group, name) in small:
-                    total[Kind.sgd] += small[group, name]
-                    continue
-                for part in () if name in complete else parts:
-                    for other in cols.parts[of_cols].get(name, ()):
-                        block = _contract(part, other, limits)
-                        total[Kind.sgd] += block + block.mT if mirror else block
-    return {kind: block.view(n, c, m, c) for kind, block in total.items()}
+        for block in _blocks_of_uses(rows, cols, group, complete, limits, small):
+            add(Kind.sgd, block)
+    for kind in kinds:
+        if kind not in total:
+            total[kind] = rows.logits.new_zeros((n * c, m * c), dtype=dtype)
+    return {kind: total[kind].view(n, c, m, c) for kind in kinds}
+
+
+def _blocks_of_uses(
+    rows: Capture,
+    cols: Capture,
+    group: str,
+    complete: Collection[str],
+    limits: _Limits,
+    small: dict[tuple[str, str], Float[Tensor, "nc mc"]],
+) -> Iterator[Float[Tensor, "nc mc"]]:
+    """Blocks of kind sgd of all pairs of uses of a parameter, of those that are not `complete`."""
+    sides = rows.crosses.get(group, (group, group))
+    mirror = rows is cols and sides[0] != sides[1]
+    for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
+        for name, parts in rows.parts[of_rows].items():
+            if (group, name) in small:
+                yield small[group, name]
+                continue
+            for part in () if name in complete else parts:
+                for other in cols.parts[of_cols].get(name, ()):
+                    block = _contract(part, other, limits)
+                    yield block + block.mT if mirror else block
 
 
 def _small_blocks(

@@ -119,7 +119,9 @@ def _add_pairs(
         block.view(-1).index_add_(0, place.flatten(), products.flatten())
 
 
-def _products(left: Float[Tensor, "k c w"], right: Float[Tensor, "k c w"]) -> Float[Tensor, "k c c"]:
+def _products(
+    left: Float[Tensor, "k c w"], right: Float[Tensor, "k c w"]
+) -> Float[Tensor, "k c c"]:
     c = left.shape[1]
     if c > _FEW_OUTPUTS:
         return left.bmm(right.mT)

