@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raykernel.errors import InputError
 from raykernel.ntk import witness
 from raykernel.ntk.batches import Batch, Readout, check_batch, example, num_examples
 from raykernel.ntk.factors import accumulator
-from raykernel.ntk.matmul import fast_products
+from raykernel.ntk.matmul import fast_products, is_onednn_faster
 
 
 def selected_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,13 +60,21 @@ def prepared(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad(), fast_products():
+        with torch.inference_mode(False), torch.enable_grad(), fast_products(), _attention(model):
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+
+
+def _attention(model: nn.Module) -> AbstractContextManager[None]:
+    """Context in which attention is a few large products where these are oneDNN's."""
+    # Fused on a CPU it calls the library for every head of every example, and a call of oneDNN
+    # takes longer than so small a product: a whole capture took two to four times as long.
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return sdpa_kernel(SDPBackend.MATH) if on_cpu and is_onednn_faster() else nullcontext()
 
 
 def checked_logits(model: nn.Module, readout: Readout, batch: Batch) -> Float[Tensor, "n c"]:

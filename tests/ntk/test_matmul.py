@@ -311,6 +311,17 @@ def test_what_follows_a_capture_multiplies_by_the_faster_library(follow, chosen,
         assert by_onednn(lambda: follow(capture, model)) is faster
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_attention_of_a_pass_is_not_fused_where_onednn_multiplies(faster, chosen):
+    chosen(faster)
+    model, x = nn.Linear(16, 16), normal(2, 4, 8, 16)
+    with prepared(model, list(model.parameters())):
+        out = F.scaled_dot_product_attention(model(x), x, x)
+    assert ("Flash" in out.grad_fn.name()) != faster
+    out = F.scaled_dot_product_attention(model(x), x, x)
+    assert "Flash" in out.grad_fn.name()
+
+
 def test_a_pass_multiplies_by_the_faster_library(chosen):
     chosen(True)
     before = setting()
