@@ -121,9 +121,15 @@ def measure(
             timing.rounds = [timing.first]
         else:
             runs[name] = run
-    for _ in range(rounds):
-        for name, run in runs.items():
-            timings[name].rounds.append(_turn(run))
+    gc.collect()
+    # What there is by now stays: to walk it before every call would empty the caches.
+    gc.freeze()
+    try:
+        for _ in range(rounds):
+            for name, run in runs.items():
+                timings[name].rounds.append(_turn(run))
+    finally:
+        gc.unfreeze()
     return timings
 
 
