@@ -35,6 +35,12 @@ _STRIP_ROWS = 32
 _WIDE_STRIP_ROWS = 128
 """Rows from which a strip is as fast as any."""
 
+_TILE_ROWS = 64
+"""Rows of a tile below which the product that forms it is thin."""
+
+_FEW_TOKENS = 0.25
+"""Tokens, as a share of a tile's width, up to which it costs little to read them tile by tile."""
+
 _SMALL = 1 << 22
 """Multiplications that are over before a second call has begun."""
 
@@ -88,8 +94,12 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
     of_inputs = num_inputs > num_outputs
     longer, width = max(num_inputs, num_outputs), min(num_inputs, num_outputs)
     shape, dtype, size = _tiling(left, right, max(width, 1), max_bytes)
-    size = min(size, max(longer, 1))
     parts = (left,) if left is right else (left, right)
+    tokens = max(part.inputs.shape[1] for part in parts)
+    if not left.gradients.is_cuda and tokens <= _FEW_TOKENS * width:
+        # Closer to the core; with many tokens to be read again, that takes longer than it saves.
+        size = min(size, max(size // 4, _TILE_ROWS))
+    size = min(size, max(longer, 1))
     orders = [by_length(part) for part in parts]
     sides = [_in_runs(part, order, dtype) for part, order in zip(parts, orders, strict=True)]
     # One buffer for all tiles: fresh memory costs a page fault for every 4 KiB, which takes longer
