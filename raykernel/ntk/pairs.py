@@ -216,6 +216,9 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     if not left.num_tokens * right.num_tokens:
         return total.view(n * c, m * c)  # ran on no token, such as an expert that none chose
     symmetric = left is right
+    if left.inputs.shape[1] == right.inputs.shape[1] == 1:
+        block = _of_one_token(left, right, dtype)
+        return mirrored(block) if symmetric else block
     num_left, num_right = _table_sides(left, right, max_bytes)
     rows = by_length(left, size=num_left)
     cols = rows if symmetric else by_length(right, size=num_right)
@@ -231,6 +234,15 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
             total[run.places, :, other.places] = table.sum(1).sum(3).permute(1, 0, 3, 2)
     block = total.view(n * c, m * c)
     return in_order(mirrored(block) if symmetric else block, rows, cols, num_outputs=c)
+
+
+def _of_one_token(left: Product, right: Product, dtype: torch.dtype) -> Float[Tensor, "nc mc"]:
+    """(a · a') (b · b'): with a token each, the block is its only table."""
+    (n, c), m = left.gradients.shape[:2], len(right.gradients)
+    a, a2 = (part.inputs.flatten(1).to(dtype) for part in (left, right))
+    b, b2 = (part.gradients.flatten(0, 2).to(dtype) for part in (left, right))
+    table = (b @ b2.mT).view(n, c, m, c)
+    return table.mul_((a @ a2.mT).view(n, 1, m, 1)).view(n * c, m * c)
 
 
 def _tokens_first(
