@@ -113,12 +113,20 @@ def lookup_by_index(
 ) -> RowBlock:
     """Gradients summed by id, for ascending rows: cost O(n·c·t·w), deterministic on a CPU."""
     n, c, _, w = gradients.shape
-    place = torch.searchsorted(rows, ids.contiguous()).clamp_(max=len(rows) - 1)
-    example, token = (rows[place] == ids).nonzero(as_tuple=True)
+    place, found = places(rows, ids)
+    example, token = found.nonzero(as_tuple=True)
     block = gradients.new_zeros((n * len(rows), c, w))
     source = gradients.transpose(1, 2)[example, token]
     block.index_add_(0, example * len(rows) + place[example, token], source)
     return block.view(n, len(rows), c, w).transpose(1, 2)
+
+
+def places(
+    rows: Int[Tensor, " s"], ids: Int[Tensor, "*shape"]
+) -> tuple[Int[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
+    """Where ids stand among ascending rows, and whether they do."""
+    place = torch.searchsorted(rows, ids.contiguous()).clamp_(max=len(rows) - 1)
+    return place, rows[place] == ids
 
 
 def lookup_by_product(

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from raykernel.ntk.factors import Lookup, accumulator, tile_bytes
+from raykernel.ntk.factors import Lookup, accumulator, places, tile_bytes
 from raykernel.ntk.pairs import add_upper, mirrored, pieces
 
 _DENSE = 10
@@ -132,8 +132,8 @@ def _products(
 def _matrix(sums: _Sums, tokens: Int[Tensor, " s"], n: int) -> Float[Tensor, "nc sw"]:
     """Gradients of some rows of the embedding, example by example."""
     _, c, w = sums.gradients.shape
-    place = torch.searchsorted(tokens, sums.ids).clamp_(max=len(tokens) - 1)
-    own = (tokens[place] == sums.ids).nonzero().squeeze(1)
+    place, found = places(tokens, sums.ids)
+    own = found.nonzero().squeeze(1)
     matrix = sums.gradients.new_zeros((n, c, len(tokens), w))
     matrix[sums.examples[own], :, place[own]] = sums.gradients[own]
     return matrix.flatten(0, 1).flatten(1)

@@ -212,13 +212,13 @@ def factored(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, 
     """
     (n, c), m = left.gradients.shape[:2], len(right.gradients)
     dtype = accumulator(left.gradients.dtype)
-    total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
-    if not left.num_tokens * right.num_tokens:
-        return total.view(n * c, m * c)  # ran on no token, such as an expert that none chose
+    if not left.num_tokens * right.num_tokens:  # such as an expert that none chose
+        return left.gradients.new_zeros((n * c, m * c), dtype=dtype)
     symmetric = left is right
     if left.inputs.shape[1] == right.inputs.shape[1] == 1:
         block = _of_one_token(left, right, dtype)
         return mirrored(block) if symmetric else block
+    total = left.gradients.new_zeros((n, c, m, c), dtype=dtype)
     num_left, num_right = _table_sides(left, right, max_bytes)
     rows = by_length(left, size=num_left)
     cols = rows if symmetric else by_length(right, size=num_right)

@@ -580,9 +580,6 @@ def test_without_a_network_the_hub_cache_serves_and_a_missing_name_gets_alternat
     script = """
 from raykernel.config import ModelConfig
 from raykernel.errors import InputError
-from raykernel.ntk.capture import Tracer
-from raykernel.ntk.contract import gram
-from raykernel.ntk.stream import Streamer
 from raykernel.problem.architectures import check_model
 from raykernel.problem.checkpoints import model_identity, prepare_model
 pinned = prepare_model(ModelConfig(name="org/tiny"))
