@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -34,12 +35,15 @@ from raykernel.ntk.factors import Lookup, Part, Product, Rows, accumulator, is_f
 from raykernel.ntk.lookups import shared_tokens
 from raykernel.ntk.matmul import fast_products
 from raykernel.ntk.packed import MAX_BYTES, Packed, PackedRows, SignedCapture
-from raykernel.ntk.pairs import direct, factored, formed, is_small, together, upper_share
+from raykernel.ntk.pairs import direct, factored, formed, upper_share
 from raykernel.ntk.rates import Rates, rates_of
 from raykernel.ntk.signed import SIDES, signed
+from raykernel.ntk.vectors import Pair, is_small, together
 from raykernel.terms import Kind
 
 Block = Float[Tensor, "n c m c"]
+
+_ByParameter = dict[str, dict[Kind, Float[Tensor, "nc mc"]]]
 
 _SIGN_BYTES, _PACK_BYTES, _UNPACK_BYTES = 2.5 * 4 * 2 * 4.0, 2 * 4.0, 2 * 4.0
 """Elementwise traffic by coordinate: of a gradient and what takes its signs, of packing these, and
@@ -283,11 +287,13 @@ def grams(
     for group in wanted:
         if group not in rows.groups:
             raise InputError(f"layer group {group!r} does not exist, {nearest(group, rows.groups)}")
-    limits = _Limits(dead_zone, max_bytes, rates or rates_of(rows.logits.device))
-    small = _small_blocks(rows, cols, wanted, max_bytes) if list(kinds) == [Kind.sgd] else {}
+    contraction = _Contraction(
+        rows, cols, tuple(kinds), dead_zone, max_bytes, rates or rates_of(rows.logits.device)
+    )
+    small = contraction.small_blocks(wanted)
     blocks: dict[Kind, dict[str, Block]] = {kind: {} for kind in kinds}
     for group in wanted:
-        for kind, block in _group_blocks(rows, cols, group, kinds, limits, small).items():
+        for kind, block in contraction.blocks(group, small.get(group, {})).items():
             if not is_finite(block):
                 row, _, col, _ = (
                     int(place[0]) for place in (~block.isfinite()).nonzero(as_tuple=True)
@@ -330,114 +336,133 @@ def _check_signs(
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Limits:
+@dataclass(frozen=True, eq=False)
+class _Contraction:
+    """Of two captures for some kinds, group by group."""
+
+    rows: Capture | SignedCapture
+    cols: Capture | SignedCapture
+    kinds: tuple[Kind, ...]
     dead_zone: float
     max_bytes: int
     rates: Rates
 
+    @cached_property
+    def of_signs(self) -> tuple[Kind, ...]:
+        return tuple(kind for kind in self.kinds if kind.has_signs)
 
-def _group_blocks(
-    rows: Capture | SignedCapture,
-    cols: Capture | SignedCapture,
-    group: str,
-    kinds: Sequence[Kind],
-    limits: _Limits,
-    small: dict[tuple[str, str], Float[Tensor, "nc mc"]],
-) -> dict[Kind, Block]:
-    n, c = rows.logits.shape
-    m = len(cols.logits)
-    dtype = accumulator(rows.logits.dtype)
-    total: dict[Kind, Tensor] = {}
+    @cached_property
+    def signed_parameters(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """By group, the parameters whose kernels of signs stand in it, with all their groups."""
+        # A module that no row example reached may have run on columns.
+        of_cols = self.cols.names
+        used = {g: dict.fromkeys([*own, *of_cols[g]]) for g, own in self.rows.names.items()}
+        found: dict[str, dict[str, tuple[str, ...]]] = {group: {} for group in self.rows.groups}
+        shared: set[str] = set()
+        for cross, (first, second) in self.rows.crosses.items():
+            for name in used[first]:
+                if name in used[second] and name not in shared:
+                    found[cross][name] = tuple(g for g, own in used.items() if name in own)
+                    shared.add(name)
+        for group, own in used.items():
+            found[group].update({name: (group,) for name in own if name not in shared})
+        return found
 
-    def add(kind: Kind, block: Float[Tensor, "nc mc"]) -> None:
-        total[kind] = total[kind] + block if kind in total else block
-
-    of_signs = [kind for kind in kinds if kind.has_signs]
-    complete: set[str] = set()
-    for name, owners in _signed_parameters(rows, cols, group).items() if of_signs else ():
-        # The gradients formed for signs serve sgd, too, but a tied parameter's share of that is
-        # in every group that uses it.
-        own = kinds if owners == (group,) else of_signs
-        left, right = (_uses(side, name, owners) for side in (rows, cols))
-        if left and right:
-            right = left if rows is cols else right
-            by_kind = signed(
-                left,
-                right,
-                own,
-                dead_zone=limits.dead_zone,
-                max_bytes=limits.max_bytes,
-                name=name,
-            )
-            for kind, block in by_kind.items():
-                add(kind, block)
-        complete.update({name} if Kind.sgd in own else ())
-    if isinstance(rows, Capture) and isinstance(cols, Capture) and Kind.sgd in kinds:
-        for block in _blocks_of_uses(rows, cols, group, complete, limits, small):
-            add(Kind.sgd, block)
-    for kind in kinds:
-        if kind not in total:
-            total[kind] = rows.logits.new_zeros((n * c, m * c), dtype=dtype)
-    return {kind: total[kind].view(n, c, m, c) for kind in kinds}
-
-
-def _blocks_of_uses(
-    rows: Capture,
-    cols: Capture,
-    group: str,
-    complete: Collection[str],
-    limits: _Limits,
-    small: dict[tuple[str, str], Float[Tensor, "nc mc"]],
-) -> Iterator[Float[Tensor, "nc mc"]]:
-    """Blocks of kind sgd of all pairs of uses of a parameter, of those that are not `complete`."""
-    sides = rows.crosses.get(group, (group, group))
-    mirror = rows is cols and sides[0] != sides[1]
-    for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
-        for name, parts in rows.parts[of_rows].items():
-            if (group, name) in small:
-                yield small[group, name]
-                continue
-            for part in () if name in complete else parts:
-                for other in cols.parts[of_cols].get(name, ()):
-                    block = _contract(part, other, limits)
-                    yield block + block.mT if mirror else block
-
-
-def _small_blocks(
-    rows: Capture | SignedCapture,
-    cols: Capture | SignedCapture,
-    groups: Iterable[str],
-    max_bytes: int,
-) -> dict[tuple[str, str], Float[Tensor, "nc mc"]]:
-    """Blocks of biases and norms, by group and parameter: a model has dozens, of few shapes."""
-    pairs: dict[tuple[str, str], tuple[Rows, Rows]] = {}
-    if isinstance(rows, Capture) and isinstance(cols, Capture):
+    def small_blocks(self, groups: Iterable[str]) -> dict[str, _ByParameter]:
+        """Blocks of biases and norms by group: a model has dozens, of few shapes."""
+        pairs: list[tuple[str, Pair]] = []
         for group in groups:
-            of_cols = cols.parts.get(group, {})
-            for name, parts in rows.parts.get(group, {}).items():
-                match (*parts, *of_cols.get(name, ())):
-                    case (Rows() as left, Rows() as right) if is_small(left, right):
-                        pairs[group, name] = left, right
-    blocks = together(list(pairs.values()), max_bytes=max_bytes)
-    return dict(zip(pairs, blocks, strict=True))
+            for name in self.rows.names.get(group, ()):
+                # Signs are of the sum of all uses, which other groups may have.
+                if self.of_signs and name not in self.signed_parameters[group]:
+                    continue
+                match (_uses(self.rows, name, (group,)), _uses(self.cols, name, (group,))):
+                    case (
+                        [Rows() as left] | (PackedRows() as left),
+                        [Rows() as right] | (PackedRows() as right),
+                    ):
+                        pair = Pair(name, left, left if self.rows is self.cols else right)
+                        if is_small(pair):
+                            pairs.append((group, pair))
+        found = together(
+            [pair for _, pair in pairs],
+            self.kinds,
+            dead_zone=self.dead_zone,
+            max_bytes=self.max_bytes,
+        )
+        small: dict[str, _ByParameter] = {}
+        for (group, pair), by_kind in zip(pairs, found, strict=True):
+            small.setdefault(group, {})[pair.name] = by_kind
+        return small
 
+    def blocks(self, group: str, small: _ByParameter) -> dict[Kind, Block]:
+        """Blocks of a group, of which those of some parameters are there already."""
+        n, c = self.rows.logits.shape
+        m = len(self.cols.logits)
+        dtype = accumulator(self.rows.logits.dtype)
+        total: dict[Kind, Tensor] = {}
+        complete = set(small)
+        found: list[dict[Kind, Tensor]] = list(small.values())
+        for name, owners in self.signed_parameters[group].items() if self.of_signs else ():
+            if name in small:
+                continue
+            # The gradients formed for signs serve sgd, too, but a tied parameter's share of that
+            # is in every group that uses it.
+            own = self.kinds if owners == (group,) else self.of_signs
+            found.append(self._signed(name, owners, own))
+            complete.update({name} if Kind.sgd in own else ())
+        if Kind.sgd in self.kinds:
+            found.extend({Kind.sgd: block} for block in self._of_uses(group, complete))
+        for by_kind in found:
+            for kind, block in by_kind.items():
+                total[kind] = total[kind] + block if kind in total else block
+        for kind in self.kinds:
+            if kind not in total:
+                total[kind] = self.rows.logits.new_zeros((n * c, m * c), dtype=dtype)
+        return {kind: total[kind].view(n, c, m, c) for kind in self.kinds}
 
-def _signed_parameters(
-    rows: Capture | SignedCapture, cols: Capture | SignedCapture, group: str
-) -> dict[str, tuple[str, ...]]:
-    """Parameters whose kernels of signs stand in this group, with all groups that use them."""
-    # A module that no row example reached may have run on columns.
-    of_cols = cols.names
-    used = {g: dict.fromkeys([*own, *of_cols[g]]) for g, own in rows.names.items()}
-    home: dict[str, str] = {}
-    for cross, (first, second) in rows.crosses.items():
-        shared = (name for name in used[first] if name in used[second])
-        home.update({name: cross for name in shared if name not in home})
-    if group in rows.crosses:
-        here = [name for name, cross in home.items() if cross == group]
-        return {name: tuple(g for g, own in used.items() if name in own) for name in here}
-    return {name: (group,) for name in used[group] if name not in home}
+    def _signed(
+        self, name: str, owners: Sequence[str], kinds: Sequence[Kind]
+    ) -> dict[Kind, Float[Tensor, "nc mc"]]:
+        """Blocks of all uses of a parameter; none if one side has no use of it."""
+        left, right = (_uses(side, name, owners) for side in (self.rows, self.cols))
+        if not left or not right:
+            return {}
+        return signed(
+            left,
+            left if self.rows is self.cols else right,
+            kinds,
+            dead_zone=self.dead_zone,
+            max_bytes=self.max_bytes,
+            name=name,
+        )
+
+    def _of_uses(self, group: str, complete: Collection[str]) -> Iterator[Float[Tensor, "nc mc"]]:
+        """Blocks of kind sgd of all pairs of uses of a parameter, of those not `complete`."""
+        assert isinstance(self.rows, Capture)
+        assert isinstance(self.cols, Capture)
+        sides = self.rows.crosses.get(group, (group, group))
+        mirror = self.rows is self.cols and sides[0] != sides[1]
+        for of_rows, of_cols in (sides,) if mirror else dict.fromkeys((sides, sides[::-1])):
+            for name, parts in self.rows.parts[of_rows].items():
+                for part in () if name in complete else parts:
+                    for other in self.cols.parts[of_cols].get(name, ()):
+                        block = self._contract(part, other)
+                        yield block + block.mT if mirror else block
+
+    def _contract(self, left: Part, right: Part) -> Float[Tensor, "nc mc"]:
+        max_bytes = self.max_bytes
+        if isinstance(left, Product) and isinstance(right, Product) and _same_matrix(left, right):
+            (n, c, _, d_out), m = left.gradients.shape, len(right.gradients)
+            sizes = {"c": c, "d_in": left.inputs.shape[2], "d_out": d_out}
+            t, u, symmetric = left.num_tokens / n, right.num_tokens / m, left is right
+            way = method(n, m, t=t, u=u, **sizes, rates=self.rates, symmetric=symmetric)
+            contract = factored if way.name == "factored" else formed
+            return contract(left, right, max_bytes=max_bytes)
+        # On a GPU the sums by token would be atomic, in any order.
+        if isinstance(left, Lookup) and isinstance(right, Lookup) and not left.ids.is_cuda:
+            return shared_tokens(left, right, max_bytes=max_bytes)
+        return direct(left, right, max_bytes=max_bytes)
 
 
 def _uses(
@@ -446,21 +471,6 @@ def _uses(
     if isinstance(capture, SignedCapture):
         return capture.signs.get(name)
     return [part for group in groups for part in capture.parts[group].get(name, ())]
-
-
-def _contract(left: Part, right: Part, limits: _Limits) -> Float[Tensor, "nc mc"]:
-    max_bytes = limits.max_bytes
-    if isinstance(left, Product) and isinstance(right, Product) and _same_matrix(left, right):
-        (n, c, _, d_out), m = left.gradients.shape, len(right.gradients)
-        sizes = {"c": c, "d_in": left.inputs.shape[2], "d_out": d_out}
-        t, u, symmetric = left.num_tokens / n, right.num_tokens / m, left is right
-        way = method(n, m, t=t, u=u, **sizes, rates=limits.rates, symmetric=symmetric)
-        contract = factored if way.name == "factored" else formed
-        return contract(left, right, max_bytes=max_bytes)
-    # On a GPU the sums by token would be atomic, in any order.
-    if isinstance(left, Lookup) and isinstance(right, Lookup) and not left.ids.is_cuda:
-        return shared_tokens(left, right, max_bytes=max_bytes)
-    return direct(left, right, max_bytes=max_bytes)
 
 
 def _same_matrix(left: Product, right: Product) -> bool:

@@ -3,7 +3,6 @@
     direct     G by tiles of the parameter, then one matrix product per tile
     formed     the same where both parts are products of one matrix: G = Σ_t b_t ⊗ a_t
     factored   Σ_tu (A A'ᵀ)[t, u] · (B B'ᵀ)[t, u], which never forms G
-    together   many pairs that are formed and small, in one batched product
 
 Letters: n, m examples, c outputs, t, u tokens, i inputs and o outputs of a layer, p coordinates of
 a tile. A block of a part with itself is symmetric; only its upper triangle is computed.
@@ -20,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from raykernel.ntk.factors import Part, Product, Rows, accumulator, num_rows_of, tile_bytes
+from raykernel.ntk.factors import Part, Product, accumulator, num_rows_of, tile_bytes
 from raykernel.ntk.ragged import ByLength, Run, by_length, in_order
 
 _CPU_TABLE_BYTES = 1 << 20
@@ -41,7 +40,7 @@ _TILE_ROWS = 64
 _FEW_TOKENS = 0.25
 """Tokens, as a share of a tile's width, up to which it costs little to read them tile by tile."""
 
-_SMALL = 1 << 22
+SMALL = 1 << 22
 """Multiplications that are over before a second call has begun."""
 
 
@@ -118,46 +117,6 @@ def formed(left: Product, right: Product, *, max_bytes: int) -> Float[Tensor, "n
             total.addmm_(own, other[0].mT)
     block = mirrored(total) if left is right else total
     return in_order(block, orders[0], orders[-1], num_outputs=left.gradients.shape[1])
-
-
-def is_small(left: Rows, right: Rows) -> bool:
-    """Whether a pair's product is over before the next one's call has begun."""
-    num_rows, num_cols = (part.gradients.shape[:2].numel() for part in (left, right))
-    return num_rows * num_cols * left.gradients.shape[2] < _SMALL
-
-
-def together(pairs: Sequence[tuple[Rows, Rows]], *, max_bytes: int) -> list[Float[Tensor, "nc mc"]]:
-    """Blocks of many small pairs, those of one length in batched products.
-
-    Args:
-        pairs: rows and columns of the blocks, all of the same examples; twice the same part for
-            symmetric blocks.
-        max_bytes: bound on the gradients of a batched product.
-
-    Returns:
-        A block per pair, examples and outputs flattened.
-    """
-    blocks: dict[int, Tensor] = {}
-    equals: dict[int, list[int]] = {}
-    for index, (left, _) in enumerate(pairs):
-        equals.setdefault(left.gradients.shape[2], []).append(index)
-    for same in equals.values():
-        gradients = [part.gradients for part in pairs[same[0]]]
-        pair_bytes = sum(g.numel() * accumulator(g.dtype).itemsize for g in gradients)
-        size = max(1, max_bytes // max(pair_bytes, 1))
-        for start in range(0, len(same), size):
-            batch = same[start : start + size]
-            symmetric = all(pairs[index][0] is pairs[index][1] for index in batch)
-            own = _stacked([pairs[index][0] for index in batch])
-            other = own if symmetric else _stacked([pairs[index][1] for index in batch])
-            found = own.bmm(other.mT)
-            blocks.update(zip(batch, mirrored(found) if symmetric else found, strict=True))
-    return [blocks[index] for index in range(len(pairs))]
-
-
-def _stacked(parts: Sequence[Rows]) -> Float[Tensor, "k nc p"]:
-    stacked = torch.stack([part.gradients.flatten(0, 1) for part in parts])
-    return stacked.to(accumulator(stacked.dtype))
 
 
 def _tiling(
@@ -286,7 +245,7 @@ def add_upper(total: Float[Tensor, "r r"], rows: Float[Tensor, "r p"]) -> None:
         rows: of a tile.
     """
     num_rows = len(rows)
-    if num_rows * rows.numel() < _SMALL:
+    if num_rows * rows.numel() < SMALL:
         total.addmm_(rows, rows.mT)
         return
     size = _strip_rows(num_rows)

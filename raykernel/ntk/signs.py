@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from raykernel.errors import NonFiniteError
-from raykernel.ntk.factors import Part, magnitude
+from raykernel.ntk.factors import Part, is_finite, magnitude
 
 DEAD_ZONE = 1e-5
 """Default: a hundred times the rounding of float32, and 1e-5 of all signs that are none."""
@@ -38,20 +38,32 @@ def threshold(
     Raises:
         NonFiniteError: if an example's gradient may be NaN or infinite, which has no sign.
     """
-    total = torch.stack([magnitude(part) for part in parts]).sum(0)
+    limit: Tensor = thresholds([parts], dead_zone, names=[name])[0]
+    return limit
+
+
+def thresholds(
+    parameters: Sequence[Sequence[Part]], dead_zone: float, *, names: Sequence[str]
+) -> Float[Tensor, "k nc 1"]:
+    """`threshold` of several parameters of the same batch, given their uses and names."""
+    total = torch.stack(
+        [torch.stack([magnitude(part) for part in parts]).sum(0) for parts in parameters]
+    )
     # No coordinate, and no part of its sum over tokens, is larger than the sum of |b_t| |a_t|: the
     # gradient needs no look of its own.
-    broken = ~total.isfinite().all(1)
-    if bool(broken.any()):
+    if not is_finite(total):
+        index, example, _ = (int(place[0]) for place in (~total.isfinite()).nonzero(as_tuple=True))
         raise NonFiniteError(
-            f"{name}: the gradient of example {int(broken.nonzero()[0])} of the batch overflows "
+            f"{names[index]}: the gradient of example {example} of the batch overflows "
             f"{total.dtype}, expected finite values, for NaN has no sign. Use "
             "kernel.precision=float64."
         )
-    return dead_zone * total.flatten().unsqueeze(1)
+    return dead_zone * total.flatten(1).unsqueeze(2)
 
 
-def signs(gradient: Float[Tensor, "r p"], limit: Float[Tensor, "r 1"]) -> Float[Tensor, "r p"]:
+def signs(
+    gradient: Float[Tensor, "*k r p"], limit: Float[Tensor, "*k r 1"]
+) -> Float[Tensor, "*k r p"]:
     """-1, 0 or 1 by coordinate, in the gradient's type; 0 up to the limit."""
     # The sign of what exceeds the limit: two different numbers differ by more than zero, however
     # near. Two comparisons, to which torch has no vector instructions, take 2.6 times as long.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raykernel.errors import InputError, NonFiniteError
-from raykernel.ntk import contract, rates
+from raykernel.ntk import rates
 from raykernel.ntk.capture import Capture, Tracer
 from raykernel.ntk.contract import gram, method
 from raykernel.ntk.factors import (
@@ -22,7 +22,7 @@ from raykernel.ntk.factors import (
     lookup_by_product,
 )
 from raykernel.ntk.lookups import shared_tokens
-from raykernel.ntk.pairs import direct, factored, formed, together
+from raykernel.ntk.pairs import direct, factored, formed
 from raykernel.ntk.rates import Rates, rates_of
 from tests import cases, oracles
 from tests.cases import normal
@@ -198,39 +198,6 @@ def test_the_predicted_time_is_that_of_the_rates():
     assert direct.seconds == pytest.approx((forming / 0.6 + products / 0.85) / 1e9)
     half = method(5, 4, **sizes, rates=Rates(flops=5e8, bandwidth=1e30))
     assert half.seconds == pytest.approx(2 * direct.seconds)
-
-
-@pytest.mark.parametrize("max_bytes", [1, 700, 1 << 20])
-def test_small_pairs_together_are_the_pairs_apart(max_bytes):
-    """Of two lengths, in any order; of one side twice, and of two sides."""
-    own = [Rows(normal(4, 2, p, seed=k), p) for k, p in enumerate((5, 3, 5, 5, 3))]
-    other = [Rows(normal(3, 2, p, seed=9 + k), p) for k, p in enumerate((5, 3, 5, 5, 3))]
-    for pairs in (list(zip(own, own, strict=True)), list(zip(own, other, strict=True))):
-        blocks = together(pairs, max_bytes=max_bytes)
-        for block, (left, right) in zip(blocks, pairs, strict=True):
-            g, h = (part.gradients.flatten(0, 1) for part in (left, right))
-            torch.testing.assert_close(block, g @ h.mT, rtol=1e-12, atol=1e-12)
-            assert left is not right or torch.equal(block, block.mT)
-    assert together([], max_bytes=max_bytes) == []
-
-
-def test_biases_and_norms_are_not_contracted_one_by_one(monkeypatch):
-    case = cases.transformer_case("roberta")
-    capture = Tracer(case.model, case.readout).capture(case.batch)
-    vectors = [p for own in capture.parts.values() for uses in own.values() for p in uses]
-    vectors = [p for p in vectors if isinstance(p, Rows)]
-    calls = []
-    monkeypatch.setattr(
-        contract, "direct", lambda *args, **more: calls.append(args) or direct(*args, **more)
-    )
-    found = gram(capture, capture)
-    assert len(vectors) > 10
-    assert not [args for args in calls if isinstance(args[0], Rows)]
-    monkeypatch.setattr(contract, "is_small", lambda left, right: False)
-    apart = gram(capture, capture)
-    assert len([args for args in calls if isinstance(args[0], Rows)]) == len(vectors)
-    for group, block in apart.items():
-        torch.testing.assert_close(found[group], block, rtol=1e-5, atol=1e-8)
 
 
 def test_slow_memory_favours_the_way_with_less_traffic():
