@@ -50,6 +50,18 @@ def test_a_shape_with_a_name_of_its_own_is_checked(monkeypatch: pytest.MonkeyPat
         contract.gram(capture, capture)
 
 
+def test_a_dict_of_shapes_with_a_name_of_its_own_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With sizes of its own, not of the function that calls it."""
+    wrong = {Kind.sgd: torch.ones(2, 3, 4)}
+    monkeypatch.setattr(contract, "together", lambda pairs, *_, **__: [wrong for _ in pairs])
+    case = cases.transformer_case("roberta")
+    capture = Tracer(case.model, case.readout).capture(case.batch)
+    with pytest.raises(TypeCheckError, match="return value"):
+        contract.gram(capture, capture)
+
+
 def test_plain_types_are_checked() -> None:
     with pytest.raises(BeartypeCallHintParamViolation):
         next(split((0, 1), 1))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from beartype import beartype
 from jaxtyping import AbstractArray, AbstractDtype, jaxtyped
@@ -57,8 +57,14 @@ def _has_shapes(thing: Any) -> bool:
     """Whether an annotation, which is a string still, names a type of jaxtyping."""
     known = vars(sys.modules[thing.__module__])
     texts = " ".join(map(str, thing.__annotations__.values()))
-    found = (known.get(name) for name in re.findall(r"[^\W\d]\w*", texts))
-    return any(isinstance(f, type) and issubclass(f, AbstractArray | AbstractDtype) for f in found)
+    return any(_holds_shape(known.get(name)) for name in re.findall(r"[^\W\d]\w*", texts))
+
+
+def _holds_shape(hint: Any) -> bool:
+    """Whether a type is jaxtyping's, or made of one: an alias for a dict of arrays."""
+    if isinstance(hint, type) and issubclass(hint, AbstractArray | AbstractDtype):
+        return True
+    return any(map(_holds_shape, get_args(hint)))
 
 
 class _Decorate(ast.NodeTransformer):
