@@ -381,7 +381,7 @@ class _Contraction:
                         [Rows() as left] | (PackedRows() as left),
                         [Rows() as right] | (PackedRows() as right),
                     ):
-                        pair = Pair(name, left, left if self.rows is self.cols else right)
+                        pair = Pair(name, left, right)
                         if is_small(pair):
                             pairs.append((group, pair))
         found = together(
@@ -401,25 +401,31 @@ class _Contraction:
         m = len(self.cols.logits)
         dtype = accumulator(self.rows.logits.dtype)
         total: dict[Kind, Tensor] = {}
-        complete = set(small)
-        found: list[dict[Kind, Tensor]] = list(small.values())
-        for name, owners in self.signed_parameters[group].items() if self.of_signs else ():
-            if name in small:
-                continue
-            # The gradients formed for signs serve sgd, too, but a tied parameter's share of that
-            # is in every group that uses it.
-            own = self.kinds if owners == (group,) else self.of_signs
-            found.append(self._signed(name, owners, own))
-            complete.update({name} if Kind.sgd in own else ())
-        if Kind.sgd in self.kinds:
-            found.extend({Kind.sgd: block} for block in self._of_uses(group, complete))
-        for by_kind in found:
+        for by_kind in self._shares(group, small):
             for kind, block in by_kind.items():
                 total[kind] = total[kind] + block if kind in total else block
         for kind in self.kinds:
             if kind not in total:
                 total[kind] = self.rows.logits.new_zeros((n * c, m * c), dtype=dtype)
         return {kind: total[kind].view(n, c, m, c) for kind in self.kinds}
+
+    def _shares(
+        self, group: str, small: _ByParameter
+    ) -> Iterator[dict[Kind, Float[Tensor, "nc mc"]]]:
+        """What a group's parameters, or their uses, add to its blocks, one after the other."""
+        yield from small.values()
+        complete = set(small)
+        for name, owners in self.signed_parameters[group].items() if self.of_signs else ():
+            if name in small:
+                continue
+            # The gradients formed for signs serve sgd, too, but a tied parameter's share of that
+            # is in every group that uses it.
+            own = self.kinds if owners == (group,) else self.of_signs
+            yield self._signed(name, owners, own)
+            complete.update({name} if Kind.sgd in own else ())
+        if Kind.sgd in self.kinds:
+            for block in self._of_uses(group, complete):
+                yield {Kind.sgd: block}
 
     def _signed(
         self, name: str, owners: Sequence[str], kinds: Sequence[Kind]
