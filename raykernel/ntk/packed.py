@@ -33,6 +33,7 @@ from raykernel.ntk.factors import (
     accumulator,
     examples,
     num_rows_of,
+    places,
     summed_rows,
     support_of,
     tile_bytes,
@@ -128,8 +129,8 @@ class PackedLookup(_Side):
         n, c, _, q = self.codes.shape
         block = self.codes.new_zeros((n, len(rows), c, q))
         if len(rows):
-            place = torch.searchsorted(rows, self.ids).clamp_(max=len(rows) - 1)
-            example, slot = (rows[place] == self.ids).nonzero(as_tuple=True)
+            place, found = places(rows, self.ids)
+            example, slot = found.nonzero(as_tuple=True)
             block[example, place[example, slot]] = self.codes.transpose(1, 2)[example, slot]
         return signs.unpack(block.transpose(1, 2), self.width, self.dtype)
 
