@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from raykernel.compute.executor import Executor, Failure, WorkerTraceback, attempt
+from raykernel.config import ComputeConfig
 from raykernel.errors import (
     InputError,
     NonFiniteError,
@@ -73,21 +74,19 @@ def test_a_worker_that_cannot_start_ends_the_run(executor: Executor) -> None:
         list(executor.run(Toy().fail, range(3)))
 
 
-def test_closing_early_stops_the_work(executor: Executor, tmp_path: Path) -> None:
+def test_closing_early_stops_the_work(
+    executor: Executor, ray_compute: ComputeConfig, tmp_path: Path
+) -> None:
     toy = Toy(str(tmp_path))
     outcomes = executor.run(toy.slow, range(50))
     next(outcomes)
     outcomes.close()
-    before, ran = 0, _num_ran(tmp_path)
-    while ran != before:
-        time.sleep(1.0)  # longer than a job: a worker that goes on leaves another mark
-        before, ran = ran, _num_ran(tmp_path)
+    ran = len(list(tmp_path.glob("ran-*")))
     assert ran < 10
-
-
-def _num_ran(folder: Path) -> int:
-    """How many jobs have begun."""
-    return len(list(folder.glob("ran-*")))
+    time.sleep(3.0)
+    # A kill may arrive late: until then a worker goes on with the jobs that it has.
+    held = ray_compute.workers * ray_compute.in_flight
+    assert len(list(tmp_path.glob("ran-*"))) <= ran + held
 
 
 def test_an_executor_runs_again(executor: Executor) -> None:
